@@ -1,0 +1,243 @@
+"""The typed configuration: every key, its default, unit and bounds. Defaults live here and nowhere else.
+
+Each field's metadata holds `doc` (one line, with the unit), and where they apply `min`, `max`, `choices`.
+`resolve.py` fills the tree, `checks.py` judges combinations of keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LOSS_NAMES = ("original", "v1", "v2", "v2_raw", "final")
+POLICY_LOSSES = ("gspo", "gspo_token", "grpo", "ppo", "dapo")
+LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+ADV_ESTIMATORS = ("grpo", "dr_grpo", "grpo_floor")
+STAGES = ("seqkd", "warmup", "gad")
+
+
+def opt(default: Any, doc: str, *, min: float | None = None, max: float | None = None,
+        choices: tuple[str, ...] | None = None) -> Any:
+    """A config field with its documentation and bounds (inclusive)."""
+    metadata = {"doc": doc, "min": min, "max": max, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def sub(cls: type, **overrides: Any) -> Any:
+    """A nested section, optionally with other defaults than its class has."""
+    return field(default_factory=lambda: cls(**overrides))
+
+
+@dataclass
+class LoraConfig:
+    rank: int = opt(0, "LoRA rank; 0 trains all weights", min=0, max=1024)
+    alpha: float = opt(16.0, "LoRA scale: the update is alpha/rank * B @ A", min=0)
+    dropout: float = opt(0.0, "dropout on the adapter's input", min=0, max=0.9)
+    target_modules: str = opt("all-linear", "module names (comma-separated) or all-linear")
+
+
+@dataclass
+class ModelConfig:
+    path: str = opt("", "hub name, local Hugging Face folder, .gguf file, or a run's global_step_N/actor|critic")
+    dtype: str = opt("auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPU",
+                     choices=("auto", "float32", "bfloat16"))
+    num_layers: int = opt(0, "keep only the first layers of the backbone; 0 keeps all", min=0)
+    train_layers: int = opt(0, "train only the last layers (and what lies above them); 0 trains all", min=0)
+    gradient_checkpointing: bool = opt(False, "recompute activations in backward: less memory, about 30 % slower")
+    lora: LoraConfig = sub(LoraConfig)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = opt(1e-6, "peak learning rate of AdamW", min=0, max=1)
+    weight_decay: float = opt(0.01, "decoupled weight decay", min=0, max=1)
+    beta1: float = opt(0.9, "Adam's first decay", min=0, max=0.9999)
+    beta2: float = opt(0.999, "Adam's second decay", min=0, max=0.999999)
+    eps: float = opt(1e-8, "Adam's denominator floor", min=0)
+    lr_scheduler: str = opt("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
+    lr_warmup_steps: int = opt(0, "steps of linear warm-up from 0", min=0)
+    min_lr_ratio: float = opt(0.0, "where linear and cosine end, as a share of lr", min=0, max=1)
+
+
+@dataclass
+class PolicyLossConfig:
+    loss_mode: str = opt("gspo", "policy loss", choices=POLICY_LOSSES)
+
+
+@dataclass
+class ActorConfig:
+    model: ModelConfig = sub(ModelConfig)
+    objective: str = opt("policy", "what the actor learns from: teacher text (sft) or its own samples (policy)",
+                         choices=("sft", "policy"))
+    optim: OptimConfig = sub(OptimConfig)
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off", min=0)
+    ppo_epochs: int = opt(1, "passes over one step's samples", min=1, max=100)
+    ppo_mini_batch_size: int = opt(0, "prompts an optimiser step; 0 takes the whole batch", min=0)
+    micro_batch_tokens: int = opt(16384, "tokens a device forwards at once (gradient accumulation splits by it)", min=1)
+    policy_loss: PolicyLossConfig = sub(PolicyLossConfig)
+    loss_agg_mode: str = opt("seq-mean-token-mean", "how token losses are averaged", choices=LOSS_AGG_MODES)
+    clip_ratio_low: float = opt(0.2, "lower clip: ratio >= 1 - low", min=0, max=1)
+    clip_ratio_high: float = opt(0.2, "upper clip: ratio <= 1 + high", min=0, max=10)
+    clip_ratio_c: float = opt(3.0, "dual clip for negative advantages (grpo, ppo, dapo)", min=1)
+    use_kl_loss: bool = opt(False, "add kl_loss_coef * KL(actor || reference) to the loss")
+    kl_loss_coef: float = opt(0.001, "weight of the KL loss", min=0)
+    kl_loss_type: str = opt("low_var_kl", "estimator of the KL", choices=("low_var_kl", "kl", "mse"))
+    entropy_coeff: float = opt(0.0, "weight of the entropy bonus", min=0)
+    importance_correction: str = opt("none", "correct sampler/trainer mismatch", choices=("none", "tis"))
+    tis_cap: float = opt(2.0, "largest weight of truncated importance sampling", min=1)
+
+
+@dataclass
+class V1LossConfig:
+    margin: float = opt(1.0, "hinge: the gap asked for", min=0)
+    ranking_weight: float = opt(0.5, "weight of the ranking term", min=0)
+    temperature: float = opt(2.0, "divides the gap in the ranking term", min=1e-6)
+    clamp: float = opt(10.0, "largest tempered gap, both ways", min=0)
+
+
+@dataclass
+class V2LossConfig(V1LossConfig):
+    max_margin: float = opt(5.0, "upper hinge: the gap allowed", min=0)
+
+
+@dataclass
+class V2RawLossConfig(V2LossConfig):
+    score_reg: float = opt(0.005, "weight of mean(t_raw^2 + s_raw^2)", min=0)
+
+
+@dataclass
+class FinalLossConfig:
+    ranking_weight: float = opt(1.5, "weight of the ranking term", min=0)
+    temperature: float = opt(2.0, "divides the gap in the ranking term", min=1e-6)
+    clamp: float = opt(10.0, "largest tempered gap, both ways", min=0)
+    score_reg: float = opt(0.005, "weight of mean t_raw^2 + mean s_raw^2", min=0)
+    penalty_threshold: float = opt(1.5, "gap above which the square penalty acts", min=0)
+    penalty_weight: float = opt(0.5, "weight of the square penalty", min=0)
+
+
+@dataclass
+class CriticConfig:
+    model: ModelConfig = sub(ModelConfig)
+    optim: OptimConfig = sub(OptimConfig)
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off", min=0)
+    ppo_mini_batch_size: int = opt(0, "prompts an optimiser step; 0 takes the whole batch", min=0)
+    micro_batch_tokens: int = opt(16384, "tokens a device forwards at once", min=1)
+    loss: str = opt("original", "discriminator loss", choices=LOSS_NAMES)
+    values: str = opt("last", "which positions carry a value: the last response token, or all", choices=("last", "all"))
+    v1: V1LossConfig = sub(V1LossConfig)
+    v2: V2LossConfig = sub(V2LossConfig)
+    v2_raw: V2RawLossConfig = sub(V2RawLossConfig)
+    final: FinalLossConfig = sub(FinalLossConfig)
+    label_smoothing: float = opt(0.0, "share of pairs treated as swapped in the ranking term", min=0, max=0.5)
+    centring: float = opt(0.0, "weight of mean (t_raw + s_raw)^2", min=0)
+    gradient_penalty: float = opt(0.0, "weight of R1 on the teacher's input embeddings", min=0)
+
+
+@dataclass
+class KlCtrlConfig:
+    kl_coef: float = opt(0.0, "weight of the KL in the reward; inert unless algorithm.use_kl_in_reward", min=0)
+
+
+@dataclass
+class AlgorithmConfig:
+    adv_estimator: str = opt("grpo", "group advantage", choices=ADV_ESTIMATORS)
+    sigma_min: float = opt(0.1, "floor of the group's std (grpo_floor)", min=1e-8)
+    use_kl_in_reward: bool = opt(False, "subtract kl_coef * KL from the reward")
+    kl_ctrl: KlCtrlConfig = sub(KlCtrlConfig)
+
+
+@dataclass
+class DataConfig:
+    train_files: list[str] = opt([], "parquet or jsonl files, folders or globs")
+    val_files: list[str] = opt([], "held-out files; empty splits val_rows off the training file by content hash")
+    prompt_key: str = opt("content", "column of chat messages")
+    response_key: str = opt("teacher_response", "column of the teacher's answer")
+    train_batch_size: int = opt(128, "prompts a step, over all devices", min=1)
+    max_prompt_length: int = opt(1024, "tokens of a prompt, chat template included", min=1)
+    max_response_length: int = opt(256, "tokens of an answer, EOS included", min=1)
+    truncation: str = opt("error", "what a teacher answer (or prompt) over its limit gets",
+                          choices=("error", "left", "right", "drop"))
+    on_bad_row: str = opt("error", "what a bad row gets", choices=("error", "drop"))
+    strict: bool = opt(False, "fail on what is otherwise a warning (duplicates, special-token text)")
+    shuffle: bool = opt(True, "new order each epoch, from seed and epoch")
+    val_rows: int = opt(0, "held-out rows to use at each eval; 0 uses all of val_files", min=0)
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = opt("auto", "sampler; auto takes vllm where it is installed", choices=("auto", "vllm", "hf"))
+    n: int = opt(8, "answers a prompt", min=1, max=1024)
+    temperature: float = opt(1.0, "sampling temperature", min=0.01, max=10)
+    top_p: float = opt(1.0, "nucleus", min=0.01, max=1)
+    top_k: int = opt(-1, "candidates; -1 keeps all", min=-1)
+    max_model_len: int = opt(2048, "tokens of prompt and answer together", min=2)
+    max_num_seqs: int = opt(128, "sequences decoded at once", min=1)
+    kv_cache_gb: float = opt(0.0, "KV cache in GiB; 0 sizes it from max_num_seqs (CPU) or gpu_memory_utilization", min=0)
+    gpu_memory_utilization: float = opt(0.4, "share of a GPU that the sampler may take", min=0.05, max=0.95)
+    enforce_eager: bool = opt(True, "no CUDA graphs; faster start, slower decoding on GPUs")
+    tensor_parallel_size: int = opt(1, "devices one engine spans", min=1)
+    sync_tolerance: float = opt(0.0, "largest probe difference in log-prob after a sync; 0 is 1e-3 in float32, "
+                                "and a mean of 0.02 in bfloat16", min=0)
+
+
+@dataclass
+class TensorBoardConfig:
+    auto_start: str = opt("gad", "when to start TensorBoard", choices=("never", "gad", "always"))
+    host: str = opt("127.0.0.1", "address to listen on; anything else is reachable from outside")
+    port: int = opt(6006, "first port to try", min=1, max=65535)
+    keep: bool = opt(False, "leave it running after the run")
+
+
+@dataclass
+class TrainerConfig:
+    exp_name: str = opt("", "name of the run's folder; empty is <preset>-<stage>")
+    output_dir: str = opt("runs", "where runs are kept")
+    total_epochs: int = opt(1, "passes over the training rows", min=1)
+    total_steps: int = opt(0, "stop after this many steps; 0 follows total_epochs", min=0)
+    max_time_s: float = opt(0.0, "stop (and save) after this many seconds of steps; 0 has no limit", min=0)
+    critic_warmup: int = opt(0, "critic-only steps before the actor learns; -1 has no critic at all", min=-1)
+    critic_warmup_until: float = opt(0.0, "end the critic-only phase early at this held-out d_acc; 0 goes by steps",
+                                     min=0, max=1)
+    save_freq: int = opt(0, "steps between checkpoints; 0 saves at the end only", min=0)
+    keep_last: int = opt(2, "committed checkpoints to keep", min=2)
+    keep_best: str = opt("", "also keep the best by this val metric, e.g. val/rouge_l")
+    test_freq: int = opt(0, "steps between evaluations on the held-out rows; 0 evaluates at the end only", min=0)
+    val_before_train: bool = opt(False, "evaluate before the first step too")
+    seed: int = opt(1, "seed of weights, order and sampling", min=0)
+    device: str = opt("auto", "auto takes CUDA where it is", choices=("auto", "cpu", "cuda"))
+    nproc: int = opt(0, "processes on this machine; 0 is one a GPU, or one on CPU", min=0)
+    nnodes: int = opt(1, "machines", min=1)
+    logger: list[str] = opt(["console", "tensorboard"], "sinks: console, tensorboard, wandb")
+    tensorboard: TensorBoardConfig = sub(TensorBoardConfig)
+
+
+@dataclass
+class FsdpConfig:
+    reshard_after_forward: bool = opt(True, "free gathered weights after forward: less memory, more traffic")
+    replicate: int = opt(1, "HSDP: copies of the sharded model (1 shards over all devices)", min=1)
+    offload_reference: bool = opt(False, "keep the reference's weights in host memory between uses")
+    offload_critic: bool = opt(False, "keep the critic's weights and optimiser in host memory between uses")
+    timeout_s: float = opt(600.0, "seconds before a silent peer counts as lost", min=1)
+
+
+@dataclass
+class HealthConfig:
+    on_bad: str = opt("warn", "what a collapse gets: a warning, or save and exit 5", choices=("warn", "stop"))
+
+
+@dataclass
+class GadConfig:
+    """One stage's configuration, fully resolved."""
+
+    stage: str = opt("gad", "which stage", choices=STAGES)
+    preset: str = opt("", "preset this came from")
+    data: DataConfig = sub(DataConfig)
+    actor: ActorConfig = sub(ActorConfig)
+    critic: CriticConfig = sub(CriticConfig)
+    algorithm: AlgorithmConfig = sub(AlgorithmConfig)
+    rollout: RolloutConfig = sub(RolloutConfig)
+    trainer: TrainerConfig = sub(TrainerConfig)
+    fsdp: FsdpConfig = sub(FsdpConfig)
+    health: HealthConfig = sub(HealthConfig)
