@@ -1,0 +1,1 @@
+"""Judging answers without training: text metrics, a fresh discriminator, a judge."""

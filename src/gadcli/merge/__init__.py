@@ -1,0 +1,1 @@
+"""Checkpoints and foreign formats to Hugging Face folders."""
