@@ -11,7 +11,7 @@ from typing import Any
 
 LOSS_NAMES = ("original", "v1", "v2", "v2_raw", "final")
 POLICY_LOSSES = ("gspo", "gspo_token", "grpo", "ppo", "dapo")
-LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+LOSS_AGG_MODES = ("auto", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 ADV_ESTIMATORS = ("grpo", "dr_grpo", "grpo_floor")
 STAGES = ("seqkd", "warmup", "gad")
 
@@ -77,7 +77,8 @@ class ActorConfig:
     ppo_mini_batch_size: int = opt(0, "prompts an optimiser step; 0 takes the whole batch", min=0)
     micro_batch_tokens: int = opt(16384, "tokens a device forwards at once (gradient accumulation splits by it)", min=1)
     policy_loss: PolicyLossConfig = sub(PolicyLossConfig)
-    loss_agg_mode: str = opt("seq-mean-token-mean", "how token losses are averaged", choices=LOSS_AGG_MODES)
+    loss_agg_mode: str = opt("auto", "how token losses are averaged; auto: token-mean for ppo and dapo, else "
+                             "seq-mean-token-mean", choices=LOSS_AGG_MODES)
     clip_ratio_low: float = opt(0.2, "lower clip: ratio >= 1 - low", min=0, max=1)
     clip_ratio_high: float = opt(0.2, "upper clip: ratio <= 1 + high", min=0, max=10)
     clip_ratio_c: float = opt(3.0, "dual clip for negative advantages (grpo, ppo, dapo)", min=1)
