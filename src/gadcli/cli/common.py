@@ -1,0 +1,58 @@
+"""Options that several commands share, so that a flag is spelled, explained and mapped to its config key once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", "-p", metavar="NAME", help="A shipped preset, or a YAML file like one.")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML with keys that go over the preset's.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="M", help="Student: hub name, HF folder, .gguf, or global_step_N/actor."),
+]
+RewardModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reward-model", metavar="R", help="Discriminator to start from: as --model, or global_step_N/critic."
+    ),
+]
+ExpNameOption = Annotated[str | None, typer.Option("--exp-name", metavar="E", help="Name of the run's folder.")]
+OutputDirOption = Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Where runs are kept.")]
+NprocOption = Annotated[int | None, typer.Option("--nproc", metavar="N", help="Processes on this machine.")]
+NnodesOption = Annotated[int | None, typer.Option("--nnodes", metavar="N", help="Machines.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded or written.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last committed checkpoint.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Go on although the folder or its settings differ.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides by dotted key: actor.optim.lr=3e-6.", show_default=False),
+]
+
+FLAG_KEYS = {
+    "model": "actor.model.path",
+    "reward_model": "critic.model.path",
+    "exp_name": "trainer.exp_name",
+    "output_dir": "trainer.output_dir",
+    "nproc": "trainer.nproc",
+    "nnodes": "trainer.nnodes",
+}
+
+
+def stage_flags(**given: Any) -> dict[str, Any]:
+    """Flags by parameter name (FLAG_KEYS) to config keys, for `resolve(flags=…)`; those not given (None) drop out."""
+    return {FLAG_KEYS[name]: value for name, value in given.items() if value is not None}
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))

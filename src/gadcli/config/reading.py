@@ -1,0 +1,294 @@
+"""YAML files and KEY=VALUE words to typed values by dotted key, each with the place it came from."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gadcli.config.tree import PATH_KEYS, Leaf, schema_leaves, schema_sections
+from gadcli.errors import ConfigError
+
+COMMAND_LINE = "command line"
+
+# verl's names for keys of ours, longest prefix first.
+ALIASES = {
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "rollout.tensor_parallel_size",
+    "actor_rollout_ref.model.enable_gradient_checkpointing": "actor.model.gradient_checkpointing",
+    "actor_rollout_ref.model.lora_rank": "actor.model.lora.rank",
+    "actor_rollout_ref.model.lora_alpha": "actor.model.lora.alpha",
+    "actor_rollout_ref.model.": "actor.model.",
+    "actor_rollout_ref.actor.": "actor.",
+    "actor_rollout_ref.rollout.": "rollout.",
+    "trainer.experiment_name": "trainer.exp_name",
+    "trainer.default_local_dir": "trainer.output_dir",
+    "trainer.n_gpus_per_node": "trainer.nproc",
+    "trainer.total_training_steps": "trainer.total_steps",
+}
+
+INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
+FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
+ENV = re.compile(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:,[^${}]*)?\}")
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value for a key and where it was written: `file:line` or `command line`."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def canonical_key(key: str) -> str:
+    """A key in our spelling: verl's aliases and hydra's leading `+` undone."""
+    key = key.lstrip("+")
+    for theirs, ours in ALIASES.items():
+        if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
+            return ours + key[len(theirs) :]
+    return key
+
+
+def is_section(key: str) -> bool:
+    """Whether keys may stand below this one, in our spelling or in verl's."""
+    dotted = f"{key}."
+    return canonical_key(dotted).rstrip(".") in schema_sections() or any(a.startswith(dotted) for a in ALIASES)
+
+
+def nearest_key(key: str) -> str | None:
+    """The valid key most like a misspelt one: by the whole of it, or by its last word in another section."""
+    keys = [*schema_leaves(), *schema_sections()]
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    last = key.rpartition(".")[2]
+    by_last = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    close = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.75)
+    return by_last[close[0]] if close else None
+
+
+def leaf_for(key: str, origin: str) -> Leaf:
+    """The schema's leaf of a key; ConfigError names the nearest valid one."""
+    known = canonical_key(key)
+    leaf = schema_leaves().get(known)
+    if leaf is not None:
+        return leaf
+    if known in schema_sections():
+        inside = ", ".join(k for k in schema_leaves() if k.startswith(f"{known}."))
+        raise ConfigError(f"{origin}: {key} is a section, not a value", f"set one of {_cut(inside)}")
+    near = nearest_key(known)
+    hint = f"did you mean {near}?" if near else "gad preset show lists every key"
+    raise ConfigError(f"{origin}: unknown key {key}", hint)
+
+
+def _cut(text: str, width: int = 160) -> str:
+    return text if len(text) <= width else f"{text[:width]} …"
+
+
+def _mistyped(leaf: Leaf, shown: str, origin: str, hint: str | None = None) -> ConfigError:
+    return ConfigError(
+        f"{origin}: {leaf.key} is {_cut(shown)}, but must be {leaf.kind_name}", hint or f"{leaf.key}: {leaf.doc}"
+    )
+
+
+def convert_scalar(leaf: Leaf, text: str, quoted: bool, origin: str) -> Any:
+    """One scalar as written. YAML 1.1 guesses (`no`, `1:30`, 1e-6 as text) are not used: the schema says the type."""
+    if leaf.kind is str:
+        if not quoted and text in ("null", "~", "Null", "NULL"):
+            raise _mistyped(leaf, "null", origin, "write '' for empty text")
+        return text
+    if quoted:
+        raise _mistyped(leaf, f'the text "{text}"', origin, f"write {text} without quotes")
+    if leaf.kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if leaf.kind is int and INT.match(text):
+        return int(text.replace("_", ""))
+    if leaf.kind is float and (INT.match(text) or FLOAT.match(text)):
+        return float(text.replace("_", ""))
+    raise _mistyped(leaf, text or "empty", origin)
+
+
+def check_value(leaf: Leaf, value: Any, origin: str) -> None:
+    """Bounds, choices and interpolations of one value; ConfigError says which was broken."""
+    hint = f"{leaf.key}: {leaf.doc}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{origin}: {leaf.key} is {value}, but must be finite", hint)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if leaf.min is not None and value < leaf.min:
+            raise ConfigError(f"{origin}: {leaf.key} is {value:g}, but must be at least {leaf.min:g}", hint)
+        if leaf.max is not None and value > leaf.max:
+            raise ConfigError(f"{origin}: {leaf.key} is {value:g}, but must be at most {leaf.max:g}", hint)
+    if leaf.choices and value not in leaf.choices:
+        close = difflib.get_close_matches(str(value), leaf.choices, n=1)
+        hint = f"did you mean {leaf.key}={close[0]}?" if close else hint
+        raise ConfigError(f"{origin}: {leaf.key} is {value!r}, but must be one of {', '.join(leaf.choices)}", hint)
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            check_interpolation(leaf.key, text, origin)
+
+
+def check_interpolation(key: str, text: str, origin: str) -> None:
+    """`${oc.env:NAME}` in paths only, of variables that exist and do not look like secrets; nothing else."""
+    if text == "???":
+        raise ConfigError(f"{origin}: {key} is ???, which is no value")
+    if "${" not in text:
+        return
+    if key not in PATH_KEYS:
+        raise ConfigError(
+            f"{origin}: {key} holds ${{…}}, which is allowed in paths only (values are logged)",
+            f"paths are {', '.join(PATH_KEYS)}",
+        )
+    if "${" in ENV.sub("", text):
+        raise ConfigError(f"{origin}: {key} is {text!r}: only ${{oc.env:NAME}} is understood there")
+    for match in ENV.finditer(text):
+        name = match[1]
+        if SECRET_NAME.search(name):
+            raise ConfigError(
+                f"{origin}: {key} names ${name}, which looks like a secret; the config is written beside the run",
+                "use a variable that holds a path",
+            )
+        if name not in os.environ and "," not in match[0]:
+            raise ConfigError(f"{origin}: {key} names ${name}, which is not set", f"export {name}=…")
+
+
+# ---------------------------------------------------------------------------------------------- YAML
+
+
+def compose(text: str, name: str) -> yaml.MappingNode | None:
+    """Parse YAML text into nodes (None when empty); ConfigError with file:line when it does not parse."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+    if root is None or isinstance(root, yaml.MappingNode):
+        return root
+    raise ConfigError(f"{name}:1: a config file holds `key: value` lines, this one a single value")
+
+
+def read_yaml(path: Path, name: str) -> yaml.MappingNode | None:
+    """Read and parse a file; `name` is how messages call it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not UTF-8 text (byte {error.start})") from error
+    return compose(text, name)
+
+
+def items(node: yaml.MappingNode, name: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, str]]:
+    """(key, value node, file:line) of one mapping; a key written twice is an error, as are `<<` merges."""
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+            raise ConfigError(f"{name}:{line}: keys must be plain words")
+        key = f"{prefix}{key_node.value}"
+        if key in seen:
+            raise ConfigError(f"{name}:{line}: {key} is set twice (first in line {seen[key]})", "keep one of them")
+        seen[key] = line
+        yield key, value_node, f"{name}:{line}"
+
+
+def settings_in(node: yaml.MappingNode, name: str, prefix: str = "") -> Iterator[Setting]:
+    """All values under a mapping, typed by the schema. Nested and dotted spellings may be mixed, but not repeated."""
+    seen: dict[str, str] = {}
+    for setting in _settings_in(node, name, prefix):
+        if setting.key in seen:
+            raise ConfigError(
+                f"{setting.origin}: {setting.key} is set twice (first at {seen[setting.key]})", "keep one of them"
+            )
+        seen[setting.key] = setting.origin
+        yield setting
+
+
+def _settings_in(node: yaml.MappingNode, name: str, prefix: str) -> Iterator[Setting]:
+    for key, value_node, origin in items(node, name, prefix):
+        if isinstance(value_node, yaml.MappingNode):
+            if not is_section(key):
+                raise _mistyped(leaf_for(key, origin), "a section", origin)  # leaf_for raises for what is unknown
+            yield from _settings_in(value_node, name, f"{key}.")
+            continue
+        if isinstance(value_node, yaml.ScalarNode) and key in schema_sections() and value_node.value == "":
+            continue  # `actor:` with nothing under it
+        yield typed(leaf_for(key, origin), value_node, origin)
+
+
+def typed(leaf: Leaf, node: yaml.Node, origin: str) -> Setting:
+    """One YAML value in the type that the schema asks for."""
+    value: Any
+    if isinstance(node, yaml.SequenceNode):
+        if leaf.kind != list[str]:
+            raise _mistyped(leaf, "a list", origin)
+        value = []
+        for item in node.value:
+            if not isinstance(item, yaml.ScalarNode):
+                raise _mistyped(leaf, "a list that holds more than texts", origin)
+            value.append(item.value)
+    elif isinstance(node, yaml.ScalarNode):
+        if leaf.kind == list[str]:  # one text stands for a list of one
+            value = [node.value] if node.value else []
+        else:
+            value = convert_scalar(leaf, node.value, node.style in ("'", '"'), origin)
+    else:
+        raise _mistyped(leaf, "a section", origin)
+    check_value(leaf, value, origin)
+    return Setting(leaf.key, value, origin)
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+
+def read_override(word: str) -> Setting:
+    """One KEY=VALUE word of the command line."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"{COMMAND_LINE}: {word!r} is not KEY=VALUE", "overrides look like actor.optim.lr=3e-6; flags start with --"
+        )
+    leaf = leaf_for(key.strip(), f"{COMMAND_LINE}: {word}")
+    return Setting(leaf.key, convert_word(leaf, text), COMMAND_LINE)
+
+
+def convert_word(leaf: Leaf, text: str) -> Any:
+    """The VALUE of a word: lists as `[a,b]` or one text, quotes around a text taken off."""
+    if leaf.kind == list[str]:
+        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
+        parts = [text] if inner is None else inner.split(",")
+        value: Any = [_unquote(part.strip())[0] for part in parts if part.strip()]
+    else:
+        value = convert_scalar(leaf, *_unquote(text), COMMAND_LINE)
+    check_value(leaf, value, COMMAND_LINE)
+    return value
+
+
+def _unquote(text: str) -> tuple[str, bool]:
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1], True
+    return text, False
+
+
+def read_flag(key: str, value: Any) -> Setting:
+    """A flag's value (already parsed by the command line's parser) for a config key."""
+    leaf = leaf_for(key, COMMAND_LINE)
+    if isinstance(value, str):
+        return Setting(leaf.key, convert_word(leaf, value), COMMAND_LINE)
+    if leaf.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    kind = list if leaf.kind == list[str] else leaf.kind
+    if type(value) is not kind:
+        raise _mistyped(leaf, repr(value), COMMAND_LINE)
+    check_value(leaf, value, COMMAND_LINE)
+    return Setting(leaf.key, value, COMMAND_LINE)
