@@ -1,0 +1,1 @@
+"""Processes, models, sampler and checkpoints: everything a stage runs on. Imports nothing by itself."""

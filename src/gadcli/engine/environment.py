@@ -1,0 +1,112 @@
+"""The environment workers start with: what must stand before python does, and how ranks find each other. No torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import gadcli
+
+LOOPBACK = "127.0.0.1"
+
+# Must stand before torch or vllm is imported. The first keeps vLLM's engine in the trainer's process, the rest quiet.
+ENGINE_VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CONFIGURE_LOGGING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TQDM_DISABLE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def cores() -> int:
+    """Cores this process may run on (affinity and containers' cpusets included)."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def gpu_count(environ: Mapping[str, str] | None = None) -> int:
+    """GPUs a worker would see, without importing torch: 0 where torch is a CPU build."""
+    environ = os.environ if environ is None else environ
+    if importlib.util.find_spec("torch") is not None and importlib.metadata.version("torch").endswith("+cpu"):
+        return 0
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        listed = [word.strip() for word in visible.split(",")]
+        # As CUDA reads it: devices behind a negative number do not exist.
+        return next((i for i, word in enumerate(listed) if not word or word.startswith("-")), len(listed))
+    driver = Path("/proc/driver/nvidia/gpus")
+    return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def processes_here(nproc: int, device: str) -> int:
+    """How many workers to start on this machine: what was asked, else one a GPU, else one."""
+    if nproc > 0:
+        return nproc
+    return max(1, gpu_count()) if device != "cpu" else 1
+
+
+def base_env(nproc: int, one_node: bool) -> dict[str, str]:
+    """This process's environment with the engine's variables; what the user has set stays as set.
+
+    Threads: the cores are shared out among the workers. More than one thread needs OMP_WAIT_POLICY=PASSIVE: spinning
+    threads beside a busy core cut throughput tenfold.
+    """
+    env = dict(os.environ)
+    for name, value in ENGINE_VARIABLES.items():
+        env.setdefault(name, value)
+    threads = max(1, cores() // max(1, nproc))
+    env.setdefault("OMP_NUM_THREADS", str(threads))
+    if env["OMP_NUM_THREADS"] != "1":
+        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if one_node:  # every socket stays on this machine
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        for name, value in (
+            ("GLOO_SOCKET_IFNAME", loopback),
+            ("NCCL_SOCKET_IFNAME", loopback),
+            ("TP_SOCKET_IFNAME", loopback),
+            ("VLLM_HOST_IP", LOOPBACK),
+        ):
+            env.setdefault(name, value)
+    env["PYTHONPATH"] = python_path()
+    return env
+
+
+def python_path() -> str:
+    """PYTHONPATH for a child that is started with -P: a checkout that `gadcli` was imported from must be on it."""
+    folder = Path(gadcli.__file__).resolve().parents[1]
+    installed = folder.name in ("site-packages", "dist-packages")
+    return os.pathsep.join(filter(None, ["" if installed else str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+def rank_env(env: Mapping[str, str], rank: int, world: int, local_rank: int, local_world: int) -> dict[str, str]:
+    """One rank's place in a world on this machine. A world of one needs no rendezvous, so it gets no variables."""
+    if world == 1:
+        return {name: value for name, value in env.items() if name not in RANK_VARIABLES}
+    return {
+        **env,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world),
+    }
+
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -1,0 +1,1 @@
+"""Running a stage: the torch-free parent, the worker, and the training loops."""

@@ -1,0 +1,49 @@
+"""A first look at a run's data: which files, how many rows. Reads footers and counts lines; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gadcli.config.schema import DataConfig
+from gadcli.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class DataLook:
+    """The files a run reads, and the rows to train on (before any is dropped for a fault of its own)."""
+
+    train_files: list[Path]
+    val_files: list[Path]
+    train_rows: int
+
+
+def look_at(data: DataConfig) -> DataLook:
+    """Find the files, look into each, count rows.
+
+    Raises ConfigError when no file is named, DataError (3) for what is missing, unreadable or without the columns.
+    """
+    from gadcli.data.files import expand
+
+    if not data.train_files:
+        raise ConfigError("data.train_files is empty", "data.train_files=train.parquet names one")
+    train, val = expand(data.train_files), expand(data.val_files) if data.val_files else []
+    counts = {path: count_rows(path, data) for path in dict.fromkeys([*train, *val])}
+    rows = sum(counts[path] for path in train)
+    if not val:
+        rows -= min(data.val_rows, rows)  # held out of the training files
+    return DataLook([Path(path) for path in train], [Path(path) for path in val], rows)
+
+
+def count_rows(path: str, data: DataConfig) -> int:
+    """Rows of one file; DataError names what makes it unusable."""
+    from gadcli.data.files import inspect, json_lines
+    from gadcli.data.findings import Summary
+
+    info = inspect(path, data.prompt_key, data.response_key)
+    if isinstance(info, list):
+        summary = Summary()
+        summary.add(info)
+        raise DataError("\n".join(finding.where() + " " + finding.message for finding in info[:2]),
+                        next(iter(summary.hints()), None))
+    return info.rows if info.rows is not None else sum(1 for _ in json_lines(path))

@@ -1,0 +1,153 @@
+"""A run's folder: whose it is, whether this launch may use it, and what the parent writes into it. No torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gadcli.config.resolve import Resolved, load_resolved
+from gadcli.config.schema import GadConfig
+from gadcli.config.tree import differences, is_neutral
+from gadcli.errors import CheckpointError, ConfigError
+from gadcli.metrics.runlog import METRICS_FILE
+
+CONFIG_FILE = "config.yaml"
+PLAN_FILE = "plan.json"
+LINEAGE_FILE = "lineage.json"
+LOCK_FILE = ".lock"
+SHOWN_DIFFERENCES = 3
+
+
+def run_dir_of(config: GadConfig) -> Path:
+    """Where a run lives: `<output_dir>/<exp_name>`, by default named after preset and stage."""
+    name = config.trainer.exp_name or "-".join(filter(None, [Path(config.preset).stem, config.stage]))
+    return Path(config.trainer.output_dir).expanduser() / name
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has something of a run in it (an empty one, or one with other files, is free)."""
+    return (folder / CONFIG_FILE).exists() or (folder / METRICS_FILE).exists() or any(folder.glob("global_step_*"))
+
+
+class FolderLock:
+    """Held while a run uses its folder: two launches must not write into one. The kernel frees it with the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fd = -1
+
+    def __enter__(self) -> FolderLock:
+        self._fd = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip()
+            os.close(self._fd)
+            raise ConfigError(
+                f"{self._folder}: a run is using this folder now ({holder})",
+                f"gad monitor {self._folder} shows it; another --exp-name starts a second run",
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"pid {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        os.close(self._fd)
+
+
+def check_free(folder: Path, resolved: Resolved, lineage: dict[str, Any], *, resume: bool, force: bool) -> list[str]:
+    """May this launch use the folder? Returns what to tell the user; changes nothing.
+
+    Raises ConfigError (2) for a folder that holds a run when neither --resume nor --force is given, or that has none
+    to resume; CheckpointError (4) when the run to resume had another config or other data and --force is not given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file, not a folder", "another --exp-name")
+    taken = folder.is_dir() and holds_run(folder)
+    if resume:
+        if not taken:
+            raise ConfigError(f"{folder}: no run to resume", "without --resume this starts one")
+        changed = changes(folder, resolved.config, lineage)
+        if changed and not force:
+            shown = "; ".join(changed[:SHOWN_DIFFERENCES])
+            more = f" (and {len(changed) - SHOWN_DIFFERENCES} more)" if len(changed) > SHOWN_DIFFERENCES else ""
+            raise CheckpointError(
+                f"{folder}: the run to resume had other settings: {shown}{more}",
+                "--resume alone takes the run's own settings; --resume --force goes on with the new ones",
+            )
+        return [f"resuming with other settings: {text}" for text in changed]
+    if taken and not force:
+        raise ConfigError(
+            f"{folder}: holds a run already",
+            "--resume goes on with it, --force moves it aside and starts anew, or another --exp-name",
+        )
+    return []
+
+
+def changes(folder: Path, config: GadConfig, lineage: dict[str, Any]) -> list[str]:
+    """What differs between a folder's run and this launch, a line each: keys that matter, then the data itself."""
+    if not (folder / CONFIG_FILE).exists():
+        return []
+    before = load_resolved(folder / CONFIG_FILE)
+    if before.stage != config.stage:
+        return [f"stage {before.stage} -> {config.stage}"]
+    found = [f"{key} {old} -> {new}" for key, old, new in differences(before, config) if not is_neutral(key)]
+    old_data = read_lineage(folder).get("data", {})
+    new_data = lineage.get("data", {})
+    changed = [name for name in new_data if name in old_data and old_data[name]["sha256"] != new_data[name]["sha256"]]
+    return found + [f"contents of {name} have changed" for name in changed]
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """A run's lineage.json, {} where there is none."""
+    try:
+        lineage = json.loads((folder / LINEAGE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return lineage if isinstance(lineage, dict) else {}
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a run's folder to NAME.bak-TIMESTAMP; nothing is deleted."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    target = folder.with_name(f"{folder.name}.bak-{stamp}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.bak-{stamp}-{number}")
+    folder.rename(target)
+    return target
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder and see that it can be written; ConfigError (2) when it cannot, before anything is loaded."""
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        probe = folder / "logs" / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot write there ({error.strerror})", "trainer.output_dir=… or --exp-name names another place"
+        ) from error
+
+
+def write_run_files(folder: Path, resolved: Resolved, plan: dict[str, Any], lineage: dict[str, Any]) -> None:
+    """config.yaml, plan.json and lineage.json; on resume the lineage keeps what it knew and notes this start."""
+    before = read_lineage(folder)
+    starts = [*before.get("starts", []), {"time": time.time()}]
+    write_text(folder / CONFIG_FILE, resolved.to_yaml(with_origins=True))
+    write_text(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+    write_text(folder / LINEAGE_FILE, json.dumps({**before, **lineage, "starts": starts}, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one move, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

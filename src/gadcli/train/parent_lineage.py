@@ -1,0 +1,105 @@
+"""Where a run comes from: its data's fingerprints, its models' configs and parents, read without loading anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gadcli.config.schema import GadConfig
+from gadcli.engine.manifest import step_of
+from gadcli.errors import ConfigError
+
+WHOLE_FILE_BYTES = 64 << 20
+EDGE_BYTES = 1 << 20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json")
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file; of a large one, sha256 over its size, first and last MiB (a parquet's footer)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.sha256(str(size).encode())
+        digest.update(file.read(EDGE_BYTES))
+        file.seek(-EDGE_BYTES, os.SEEK_END)
+        digest.update(file.read(EDGE_BYTES))
+    return {"bytes": size, "sha256": digest.hexdigest(), "sampled": True}
+
+
+def model_folder(path: str, environ: Mapping[str, str] | None = None) -> Path | None:
+    """The folder that holds a model's config.json, as far as it is on this machine; None for a hub name not yet
+    downloaded or a .gguf file. ConfigError (2) for a local path that is not there."""
+    environ = os.environ if environ is None else environ
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local / "huggingface" if (local / "huggingface").is_dir() else local
+    if local.is_file():
+        return None
+    if local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or path.endswith(".gguf"):
+        raise ConfigError(f"model {path}: no such file or folder", nearest(local))
+    home = Path(environ.get("HF_HOME", Path(environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")).expanduser()
+    hub = Path(environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    snapshots = hub / f"models--{path.replace('/', '--')}" / "snapshots"
+    found = sorted(snapshots.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
+    return found[-1].parent if found else None
+
+
+def nearest(path: Path) -> str:
+    """What there is instead of a path that is not: the entries of the first folder above it that exists."""
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    names = sorted(entry.name for entry in parent.iterdir())[:8]
+    return f"{parent} holds {', '.join(names) or 'nothing'}"
+
+
+def model_config(path: str) -> dict[str, Any] | None:
+    """A model's config.json, None when it cannot be known before loading."""
+    folder = model_folder(path) if path else None
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'}: not JSON ({error})", "download the model again") from error
+    return config if isinstance(config, dict) else None
+
+
+def model_lineage(path: str) -> dict[str, Any]:
+    """What a model path stands for: the run and step it came from, and its tokenizer's fingerprint where known."""
+    said: dict[str, Any] = {"path": path}
+    folder = model_folder(path) if path else None
+    local = Path(path).expanduser()
+    step = step_of(local.parent) if local.is_dir() else None
+    if step is not None:
+        said |= {"run": str(local.parent.parent), "step": step, "manifest": _manifest_hash(local.parent)}
+    if folder is not None:
+        digest = hashlib.sha256()
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                digest.update(name.encode() + (folder / name).read_bytes())
+        said["tokenizer_sha256"] = digest.hexdigest()
+    return said
+
+
+def _manifest_hash(checkpoint: Path) -> str | None:
+    manifest = checkpoint / "MANIFEST.json"
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+
+
+def make_lineage(config: GadConfig, files: Iterable[Path]) -> dict[str, Any]:
+    """lineage.json of a new run."""
+    parents = {"actor": model_lineage(config.actor.model.path)}
+    if config.trainer.critic_warmup >= 0 and config.critic.model.path:
+        parents["critic"] = model_lineage(config.critic.model.path)
+    return {
+        "stage": config.stage,
+        "preset": config.preset,
+        "parents": parents,
+        "data": {str(path): fingerprint(path) for path in files},
+    }
