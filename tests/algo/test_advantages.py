@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 import torch
-from algo.mutants import mutated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from algo.mutants import mutated
 from gadcli.algo import advantages
 
 # One group with a spread, one flat, one with a small spread.

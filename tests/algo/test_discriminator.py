@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from algo.mutants import mutated
 
+from algo.mutants import mutated
 from gadcli.algo import discriminator
 from gadcli.algo.mean import add_metrics
 from gadcli.config import schema
@@ -103,7 +103,7 @@ def test_every_gradient_agrees_with_central_differences_on_both_sides() -> None:
         ("_bounded(pair, pair.raw_gap_N,", "_bounded(pair, pair.norm_gap_N,"),  # v2_raw bounded on the norm
         ("pair.t_raw_N.square() + pair.s_raw_N.square()", "(pair.t_raw_N - pair.s_raw_N).square()"),
         ('- numbers["penalty_threshold"]).square()', '- numbers["penalty_threshold"])'),  # linear for square
-        ("(pair.t_raw_N + pair.s_raw_N).square()", "(pair.t_raw_N - pair.s_raw_N).square()"),
+        ("centring * (pair.t_raw_N + pair.s_raw_N).square()", "centring * (pair.t_raw_N - pair.s_raw_N).square()"),
         ("max(loss_N.numel(), 1)", "1"),  # sum for mean
     ],
 )
@@ -205,14 +205,17 @@ def test_each_loss_reports_its_terms_and_no_other(name: str) -> None:
     assert set(metrics) == {f"critic/{term}" for term in ALWAYS | NAMES[name]}
 
 
-def test_terms_are_reported_before_their_weights() -> None:
-    # t = 4, s = 1, lengths 2 and 1: d = 2 - 1 = 1; x = .5; rank = softplus(-.5) = .474077; reg = 17; penalty 0.
+def test_ranking_is_reported_before_its_weight_and_regularisers_as_they_enter_the_loss() -> None:
+    # t = 4, s = 1, lengths 2 and 1: d = 2 - 1 = 1; x = .5; rank = softplus(-.5) = .474077; reg = .005 · 17; penalty 0.
     t, s, len_t, len_s = (torch.tensor([v]) for v in (4.0, 1.0, 2.0, 1.0))
     loss, metrics = run(discriminator, "final", t, s, len_t, len_s)
     assert metrics["critic/ranking_loss"].value == pytest.approx(0.474077, rel=1e-5)
-    assert metrics["critic/score_reg"].value == 17.0 and metrics["critic/diff_penalty"].value == 0.0
+    assert metrics["critic/score_reg"].value == pytest.approx(0.085) and metrics["critic/diff_penalty"].value == 0.0
     assert loss.item() == pytest.approx(1.5 * 0.474077 + 0.005 * 17, rel=1e-5)
     assert metrics["critic/d_loss"].value == pytest.approx(loss.item(), rel=1e-6)
+    # At d = 3.5 (s = -1.5) the penalty is .5 · (3.5 - 1.5)² = 2.
+    wide = run(discriminator, "final", t, torch.tensor([-1.5]), len_t, len_s)[1]
+    assert wide["critic/diff_penalty"].value == pytest.approx(2.0)
     assert metrics["critic/score_diff"].value == 1.0 and metrics["critic/raw_score_diff"].value == 3.0
     assert metrics["critic/teacher_value_mean"].value == 4.0 and metrics["critic/student_value_mean"].value == 1.0
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from algo.mutants import mutated
 
+from algo.mutants import mutated
 from gadcli.algo import entropy, kl, mismatch, sft
 from gadcli.algo.mean import Mean, add_metrics, extreme_of, mean_of
 from gadcli.config import schema

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from algo.mutants import mutated
 
+from algo.mutants import mutated
 from gadcli.algo import masking
 
 EOS, NAN = 2, float("nan")

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from algo.mutants import mutated
 
+from algo.mutants import mutated
 from gadcli.algo import aggregate, policy
 from gadcli.algo.logprobs import next_token_logp
 from gadcli.algo.mean import add_metrics

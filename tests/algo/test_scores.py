@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from algo.mutants import mutated
 
+from algo.mutants import mutated
 from gadcli.algo import scores
 from gadcli.algo.masking import response_mask
 
@@ -25,6 +25,11 @@ def check_all(module) -> None:
     raw, norm = module.scores(VALUES, MASK, "all")
     assert raw.tolist() == [7.0, 6.0]
     assert norm.tolist() == pytest.approx([7 / 3, 3.0], rel=1e-6)
+
+
+def check_both(module) -> None:
+    check_last(module)
+    check_all(module)
 
 
 def test_last_reads_the_last_response_token_wherever_padding_stands() -> None:
@@ -47,8 +52,7 @@ def test_all_sums_every_response_token() -> None:
 def test_mutants_of_the_score_are_caught(old: str, new: str) -> None:
     mutant = mutated("scores", old, new)
     with pytest.raises(AssertionError):
-        check_last(mutant)
-        check_all(mutant)
+        check_both(mutant)
 
 
 def test_only_the_last_token_gets_a_gradient_in_last() -> None:

@@ -65,8 +65,9 @@ def discriminator_loss(
     `centring` adds centring (raw_t + raw_s)^2, which leaves the gap free and holds the pair around 0.
     Gradients flow to both sides. No pairs give 0 with a graph, so an empty rank can still run backward.
 
-    Metrics (`critic/...`) are means over pairs of each term *before* its weight (ranking_loss ln 2 = .693 = cannot
-    tell apart), d_loss with the weights, score_diff (the d above), raw_score_diff, value means (raw) and d_acc.
+    Metrics (`critic/...`), means over pairs: ranking_loss and hinges before their weight (ln 2 = .693 = cannot tell
+    apart, whatever the weight), score_reg, diff_penalty and centring as they enter d_loss; score_diff (the d above),
+    raw_score_diff, value means (raw) and d_acc.
     """
     if name not in _LOSSES:
         raise ValueError(f"unknown discriminator loss {name!r}; known: {', '.join(_LOSSES)}")
@@ -75,8 +76,8 @@ def discriminator_loss(
     _check_numbers(name, numbers)
     loss_N, terms = _LOSSES[name](pair, numbers, label_smoothing)
     if centring:
-        terms["centring"] = (pair.t_raw_N + pair.s_raw_N).square()
-        loss_N = loss_N + centring * terms["centring"]
+        terms["centring"] = centring * (pair.t_raw_N + pair.s_raw_N).square()
+        loss_N = loss_N + terms["centring"]
     gap_N = pair.raw_gap_N if name == "original" else pair.norm_gap_N
     terms |= {
         "d_loss": loss_N,
@@ -118,8 +119,8 @@ def _tempered_rank(pair: Pairs, numbers: Numbers, label_smoothing: float) -> Ten
     return _rank((pair.norm_gap_N / numbers["temperature"]).clamp(-clamp, clamp), label_smoothing)
 
 
-def _score_reg(pair: Pairs) -> Tensor:
-    return pair.t_raw_N.square() + pair.s_raw_N.square()
+def _score_reg(pair: Pairs, numbers: Numbers) -> Tensor:
+    return numbers["score_reg"] * (pair.t_raw_N.square() + pair.s_raw_N.square())
 
 
 def _original(pair: Pairs, numbers: Numbers, label_smoothing: float) -> tuple[Tensor, Terms]:
@@ -151,16 +152,19 @@ def _v2(pair: Pairs, numbers: Numbers, label_smoothing: float) -> tuple[Tensor, 
 def _v2_raw(pair: Pairs, numbers: Numbers, label_smoothing: float) -> tuple[Tensor, Terms]:
     # Bounding the norm gap lets raw scores drift as far as the lengths allow (gaps of hundreds): bound those.
     loss_N, terms = _bounded(pair, pair.raw_gap_N, numbers, label_smoothing)
-    reg_N = _score_reg(pair)
-    return loss_N + numbers["score_reg"] * reg_N, terms | {"score_reg": reg_N}
+    reg_N = _score_reg(pair, numbers)
+    return loss_N + reg_N, terms | {"score_reg": reg_N}
 
 
 def _final(pair: Pairs, numbers: Numbers, label_smoothing: float) -> tuple[Tensor, Terms]:
     rank_N = _tempered_rank(pair, numbers, label_smoothing)
-    reg_N = _score_reg(pair)
-    penalty_N = F.relu(pair.norm_gap_N - numbers["penalty_threshold"]).square()
-    loss_N = numbers["ranking_weight"] * rank_N + numbers["score_reg"] * reg_N + numbers["penalty_weight"] * penalty_N
-    return loss_N, {"ranking_loss": rank_N, "score_reg": reg_N, "diff_penalty": penalty_N}
+    reg_N = _score_reg(pair, numbers)
+    penalty_N = numbers["penalty_weight"] * F.relu(pair.norm_gap_N - numbers["penalty_threshold"]).square()
+    return numbers["ranking_weight"] * rank_N + reg_N + penalty_N, {
+        "ranking_loss": rank_N,
+        "score_reg": reg_N,
+        "diff_penalty": penalty_N,
+    }
 
 
 _V1_NUMBERS = ("margin", "ranking_weight", "temperature", "clamp")
