@@ -11,7 +11,7 @@ import yaml
 
 from gadcli.config.presets import is_preset_shaped, load_chain, parse_preset
 from gadcli.config.reading import Setting, read_flag, read_override, read_yaml, settings_in
-from gadcli.config.schema import STAGES, GadConfig
+from gadcli.config.schema import STAGE_DEFAULTS, STAGES, GadConfig
 from gadcli.config.tree import flatten, nest, schema_leaves
 from gadcli.errors import ConfigError
 
@@ -57,7 +57,7 @@ def resolve(
     settings += [read_override(word) for word in overrides]
 
     origins = dict.fromkeys(schema_leaves(), DEFAULT)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(STAGE_DEFAULTS[stage])
     for setting in settings:
         if setting.key in IDENTITY_KEYS:
             raise ConfigError(

