@@ -1,0 +1,413 @@
+"""Saves and loads a run's checkpoint with DCP: written beside, hashed, fsynced, committed by one rename.
+
+    global_step_N/
+      actor/ critic/      DCP shards of the model (keys are Hugging Face names) + huggingface/ (config, tokenizer)
+      trainer/            actor_optim/ critic_optim/ (DCP), trainer.json, rng_rank_R.safetensors
+      MANIFEST.json       size and sha256 of every file above
+    latest                N of the newest commit; written last, for people and scripts (we list the folders instead)
+
+Every call is collective over the process group where there is one. If one rank fails, every rank raises.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.tensor import DTensor
+
+from gadcli import __version__
+from gadcli.engine.dcp_index import DcpIndex, read_dcp_index
+from gadcli.engine.manifest import (
+    LATEST,
+    TRAINER_STATE,
+    FileEntry,
+    Manifest,
+    fsync_path,
+    hash_file,
+    read_manifest,
+    step_folder,
+    verify,
+    write_durably,
+    write_manifest,
+)
+from gadcli.engine.retention import prune, remove_leftovers
+from gadcli.errors import CheckpointError, GadError, ResourceError
+
+T = TypeVar("T")
+_SLACK = 64 << 20  # bytes asked for beyond the tensors: zip headers, config, tokenizer, the file system's own
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _together(work: Callable[[], T]) -> list[T]:
+    """Runs `work` on every rank and gathers the results everywhere; if it raises on one rank, all raise that error."""
+    result: T | None = None
+    failure: BaseException | None = None
+    try:
+        result = work()
+    except (
+        GadError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        CheckpointException,
+    ) as error:
+        failure = error
+    _, world = _rank_and_world()
+    if world == 1:
+        if failure is not None:
+            raise failure
+        return [result]  # type: ignore[list-item]
+    # Exceptions travel as the few plain values that rebuild them; anything else might not pickle.
+    packed = None if failure is None else _pack(failure)
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, (packed, result))
+    first = next((p for p, _ in gathered if p is not None), None)
+    if failure is not None:
+        raise failure
+    if first is not None:
+        raise _unpack(first)
+    return [r for _, r in gathered]
+
+
+def _pack(error: BaseException) -> tuple[str, str, str | None, int | None]:
+    if isinstance(error, GadError):
+        return type(error).__name__, error.message, error.hint, None
+    return "OSError" if isinstance(error, OSError) else "other", str(error), None, getattr(error, "errno", None)
+
+
+def _unpack(packed: tuple[str, str, str | None, int | None]) -> BaseException:
+    kind, message, hint, number = packed
+    if kind == "OSError":
+        return OSError(number, f"another rank: {message}")
+    kinds: dict[str, type[GadError]] = {c.__name__: c for c in (CheckpointError, ResourceError)}
+    return kinds[kind](message, hint) if kind in kinds else RuntimeError(f"another rank: {message}")
+
+
+def _on_rank0(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 only and hands its result to all; its error is raised everywhere."""
+    rank, _ = _rank_and_world()
+    return _together(lambda: work() if rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def _local_bytes(tree: Any, rank: int) -> int:
+    """Bytes that this rank writes for a state dict: its shards, and on rank 0 what all ranks hold alike."""
+    if isinstance(tree, DTensor):
+        local = tree.to_local()
+        return local.numel() * local.element_size()
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size() if rank == 0 else 0
+    if isinstance(tree, Mapping):
+        return sum(_local_bytes(v, rank) for v in tree.values())
+    if isinstance(tree, (list, tuple)):
+        return sum(_local_bytes(v, rank) for v in tree)
+    return 0
+
+
+def human_bytes(count: int) -> str:
+    """1234567 -> '1.2 MB' (powers of 1000, as `df -H` and disk makers count)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """ResourceError (exit 6) 'need X, have Y' unless `folder`'s file system has `need` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ResourceError(
+            f"disk full: {what} in {folder}: need {human_bytes(need)}, have {human_bytes(free)}",
+            "free some space or move the output (trainer.output_dir=…); checkpoints already committed are intact",
+        )
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    *,
+    stage: str,
+    config_hash: str,
+    models: Mapping[str, Mapping[str, torch.Tensor]],
+    optims: Mapping[str, Mapping[str, Any]],
+    trainer: Mapping[str, Any],
+    rng: Mapping[str, torch.Tensor],
+    assets: Mapping[str, Callable[[Path], None]],
+    metrics: Mapping[str, float] | None,
+    keep_last: int = 2,
+    keep_best: str = "",
+) -> Path:
+    """Commits `run_dir/global_step_<step>` and prunes older ones; returns its path. Collective.
+
+    models, optims: "actor"/"critic" -> DCP-ready state dict (DTensors or plain tensors; keys of models are HF names).
+    trainer: plain JSON. rng: this rank's generator states. metrics: the val metrics keep_best chooses by.
+    assets: "actor"/"critic" -> a function that fills the folder given to it, `<name>/huggingface` (it exists);
+        called on rank 0 only.
+    Raises CheckpointError if the folder exists (never overwritten), ResourceError when the disk is or runs full.
+    """
+    final = step_folder(run_dir, step)
+    folder = final.with_name(final.name + ".tmp")
+    need = sum(_together(lambda: _local_bytes([models, optims], _rank_and_world()[0])))
+    _on_rank0(lambda: _prepare(run_dir, final, folder, need + _SLACK))
+    try:
+        _write_states(folder, models, optims)
+        _together(lambda: _write_rank_files(folder, trainer, rng, assets))
+        files = _hash_and_sync(folder)
+        manifest = Manifest(
+            step, stage, config_hash, _rank_and_world()[1], sorted(models), files, dict(metrics or {}),
+            gad_version=__version__,
+        )  # fmt: skip
+        _on_rank0(lambda: _commit(run_dir, folder, final, manifest))
+    except (
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        GadError,
+        CheckpointException,
+    ) as error:
+        rank, _ = _rank_and_world()
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # its bytes are wanted back when the disk is full
+        translated = _disk_error(error, run_dir, need + _SLACK)
+        if translated is not None:
+            raise translated from error
+        raise
+    _on_rank0(lambda: prune(run_dir, keep_last, keep_best))
+    return final
+
+
+def _prepare(run_dir: Path, final: Path, folder: Path, need: int) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        raise CheckpointError(f"{final} exists: a checkpoint is never overwritten", "resume it, or move it away")
+    remove_leftovers(run_dir)
+    check_disk(run_dir, need, f"checkpoint {final.name}")
+    folder.mkdir()
+
+
+def _disk_error(error: BaseException, run_dir: Path, need: int) -> ResourceError | None:
+    """The ResourceError that a 'no space left' inside (DCP wraps it) amounts to; None for any other error."""
+    causes: list[BaseException] = [error]
+    if isinstance(error, CheckpointException):
+        causes += [wrapped[0] for wrapped in error.failures.values()]
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # torch's zip writer turns a short write into a RuntimeError that only names the stream.
+    hit = any((isinstance(c, OSError) and c.errno in full) or "file write failed" in str(c) for c in causes)
+    if not hit:
+        return None
+    free = shutil.disk_usage(run_dir).free
+    return ResourceError(
+        f"disk full while saving in {run_dir}: need {human_bytes(need)}, have {human_bytes(free)}",
+        "free some space and --resume; the last committed checkpoint is intact",
+    )
+
+
+def _write_states(folder: Path, models: Mapping[str, Any], optims: Mapping[str, Any]) -> None:
+    for name, state in models.items():
+        _dcp_save(folder / name, dict(state))
+    for name, state in optims.items():
+        _dcp_save(folder / "trainer" / f"{name}_optim", dict(state))
+
+
+def _dcp_save(folder: Path, state: dict[str, Any]) -> None:
+    writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
+    with _single_process_is_fine():
+        dcp.save(state, storage_writer=writer, no_dist=_rank_and_world()[1] == 1)
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Without DCP's warning that there is no process group: one process is what the user asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _write_rank_files(
+    folder: Path,
+    trainer: Mapping[str, Any],
+    rng: Mapping[str, torch.Tensor],
+    assets: Mapping[str, Callable[[Path], None]],
+) -> None:
+    rank, _ = _rank_and_world()
+    (folder / "trainer").mkdir(exist_ok=True)
+    if rng:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in rng.items()}
+        save_file(tensors, folder / "trainer" / f"rng_rank_{rank}.safetensors")
+    if rank == 0:
+        (folder / TRAINER_STATE).write_text(json.dumps(dict(trainer), indent=1, sort_keys=True) + "\n")
+        for name, write in assets.items():
+            target = folder / name / "huggingface"
+            target.mkdir(parents=True)
+            write(target)
+
+
+def _owner(relative: str, world: int) -> int:
+    """Which rank hashes a file: the one that wrote it, so that the work is spread and the bytes are in its cache."""
+    name = relative.rsplit("/", 1)[-1]
+    for prefix, suffix in (("__", ".distcp"), ("rng_rank_", ".safetensors")):
+        if name.startswith(prefix) and name.endswith(suffix):
+            number = name[len(prefix) : -len(suffix)].split("_")[0]
+            return int(number) % world if number.isdigit() else 0
+    return 0
+
+
+def _hash_and_sync(folder: Path) -> dict[str, FileEntry]:
+    rank, world = _rank_and_world()
+
+    def mine() -> dict[str, FileEntry]:
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            relative = path.relative_to(folder).as_posix()
+            if path.is_file() and _owner(relative, world) == rank:
+                fsync_path(path)
+                found[relative] = hash_file(path)
+        return found
+
+    merged: dict[str, FileEntry] = {}
+    for part in _together(mine):
+        merged.update(part)
+    return merged
+
+
+def _commit(run_dir: Path, folder: Path, final: Path, manifest: Manifest) -> None:
+    for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
+        fsync_path(path)
+    write_manifest(folder, manifest)
+    if final.exists():
+        raise CheckpointError(f"{final} appeared while saving: another run writes here", "give this run its own name")
+    os.rename(folder, final)
+    fsync_path(run_dir)
+    write_durably(run_dir / LATEST, f"{manifest.step}\n")
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """DCP's reader with the metadata rebuilt from the checked index: DCP itself never unpickles the file."""
+
+    def __init__(self, folder: Path, index: DcpIndex) -> None:
+        super().__init__(folder)
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        entries: dict[str, Any] = {name: BytesStorageMetadata() for name in self._index.records}
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        for name, at in self._index.records.items():
+            storage[MetadataIndex(name)] = _StorageInfo(at.file, at.offset, at.length)
+        for name, tensor in self._index.tensors.items():
+            properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
+            chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]
+            entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+            for chunk in tensor.chunks:
+                at = chunk.stored
+                storage[MetadataIndex(name, chunk.offsets)] = _StorageInfo(at.file, at.offset, at.length)
+        meta = StorageMeta(load_id=self.load_id)
+        return Metadata(entries, planner_data=self._index.paths, storage_data=storage, storage_meta=meta)
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """DCP's planner, but non-tensor records are loaded with weights_only (DCP's own unpickles anything)."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = torch.load(value, map_location="cpu", weights_only=True)
+        buffer = io.BytesIO()
+        torch.save(plain, buffer)
+        buffer.seek(0)
+        super().load_bytes(read_item, buffer)
+
+
+def load_checkpoint(path: Path, name: str, state: dict[str, Any]) -> Manifest:
+    """Fills `state` ({"model": sd, "optim": sd}, either may be absent) in place from any world size. Collective.
+
+    Tensors are loaded into the given ones (DTensors take their own shard); plain values (param_groups) are replaced.
+    Sizes and the DCP metadata are checked against the manifest here; call `manifest.verify` or `latest_valid` first
+    for the sha256 of every byte. Raises CheckpointError for what is missing, unexpected, of another shape or dtype.
+    """
+    folders = {"model": path / name, "optim": path / "trainer" / f"{name}_optim"}
+    manifest = _on_rank0(lambda: verify(path, deep=False))
+    for part, values in state.items():
+        folder = folders[part]
+        prefix = folder.relative_to(path).as_posix() + "/"
+        if f"{prefix}.metadata" not in manifest.files:
+            have = ", ".join(manifest.models) or "nothing"
+            raise CheckpointError(f"{path}: holds no {name} {part} (it has: {have})", "another stage's checkpoint?")
+        _on_rank0(lambda p=prefix: verify(path, [f"{p}.metadata"]))  # type: ignore[misc]
+        files = [f.removeprefix(prefix) for f in manifest.files if f.startswith(prefix)]
+        index = read_dcp_index(folder, files)
+        _check_fit(folder, index, values)
+        try:
+            with _single_process_is_fine():
+                dcp.load(values, storage_reader=_SafeReader(folder, index), planner=_SafePlanner(),
+                         no_dist=_rank_and_world()[1] == 1)  # fmt: skip
+        except CheckpointException as error:
+            reasons = "; ".join(str(wrapped[0]) for wrapped in error.failures.values())
+            raise CheckpointError(f"{folder}: {reasons[:200]}", "use another checkpoint, or copy it again") from error
+    return manifest
+
+
+def _check_fit(folder: Path, index: DcpIndex, values: dict[str, Any]) -> None:
+    flat, _ = flatten_state_dict(values)
+    saved = set(index.tensors) | set(index.records)
+    for kind, names in (("missing from", set(flat) - saved), ("left over in", saved - set(flat))):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            raise CheckpointError(
+                f"{folder}: {len(names)} entries {kind} the checkpoint: {shown}",
+                "the model or its LoRA or optimiser settings differ from those it was saved with",
+            )
+    for key, tensor in flat.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        at = index.tensors.get(key)
+        have = None if at is None else (at.shape, at.dtype)
+        want = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        if have != want:
+            raise CheckpointError(f"{folder}: {key} is {have} in the checkpoint and {want} in the model", "same model?")
+
+
+def load_rng(path: Path) -> dict[str, torch.Tensor] | None:
+    """This rank's generator states; None when the checkpoint was saved at another world size."""
+    rank, world = _rank_and_world()
+    if read_manifest(path).world_size != world:
+        return None
+    name = f"trainer/rng_rank_{rank}.safetensors"
+    manifest = verify(path, [name])
+    return load_file(path / name) if name in manifest.files else None

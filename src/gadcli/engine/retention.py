@@ -1,0 +1,69 @@
+"""Which checkpoints of a run stay: the newest few and the best one. Deletes only after a newer one is committed."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from gadcli.engine.manifest import fsync_path, list_checkpoints, read_manifest, step_of
+from gadcli.errors import CheckpointError, ConfigError
+
+# Metrics of which less is better; of all others (rouge_l, exact_match, d_acc …) more is.
+_LESS_IS_BETTER = ("loss", "perplexity", "ppl", "kl", "length_auc")
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether the best value of a val metric is the smallest; `min:` or `max:` before the name decides it."""
+    if metric.startswith(("min:", "max:")):
+        return metric.startswith("min:")
+    return metric.rsplit("/", 1)[-1].endswith(_LESS_IS_BETTER)
+
+
+def best_checkpoint(run_dir: Path, metric: str) -> Path | None:
+    """The committed checkpoint with the best recorded `metric` (ties: the newest); None if none recorded it."""
+    name = metric.split(":", 1)[1] if metric.startswith(("min:", "max:")) else metric
+    sign = -1.0 if less_is_better(metric) else 1.0
+    best: tuple[float, Path] | None = None
+    for path in list_checkpoints(run_dir):
+        try:
+            value = read_manifest(path).metrics.get(name)
+        except CheckpointError:
+            continue  # an unreadable manifest cannot claim to be the best; latest_valid names it when it matters
+        if value is not None and math.isfinite(value) and (best is None or sign * value >= best[0]):
+            best = (sign * value, path)
+    return None if best is None else best[1]
+
+
+def prune(run_dir: Path, keep_last: int, keep_best: str = "") -> list[Path]:
+    """Deletes all but the `keep_last` newest and the best by `keep_best`; returns what was deleted.
+
+    A folder is renamed before it is emptied, so that a kill in between leaves no half-empty global_step_N.
+    """
+    if keep_last < 2:
+        raise ConfigError(f"trainer.keep_last is {keep_last}: one damaged file would lose the run", "keep_last=2")
+    committed = list_checkpoints(run_dir)
+    keep = set(committed[-keep_last:])
+    if keep_best:
+        best = best_checkpoint(run_dir, keep_best)
+        if best is not None:
+            keep.add(best)
+    deleted = [path for path in committed if path not in keep]
+    for path in deleted:
+        doomed = path.with_name(path.name + ".old")
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        os.rename(path, doomed)
+    if deleted:
+        fsync_path(run_dir)
+    remove_leftovers(run_dir, unfinished=False)
+    return deleted
+
+
+def remove_leftovers(run_dir: Path, *, unfinished: bool = True) -> None:
+    """Removes what a kill left behind: half-deleted `.old` folders and, before a new save, half-written `.tmp` ones."""
+    suffixes = (".old", ".tmp") if unfinished else (".old",)
+    for path in run_dir.iterdir():
+        if path.suffix in suffixes and step_of(path.with_suffix("")) is not None and not path.is_symlink():
+            shutil.rmtree(path)
