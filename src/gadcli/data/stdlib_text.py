@@ -40,11 +40,11 @@ MAX_ARGUMENTS = 4
 MAX_CHARS = 110
 
 # Not every machine has the GUI packages, and tests and tools are no library.
-SKIPPED_PARTS = frozenset(
-    ("site-packages", "dist-packages", "lib-dynload", "__pycache__")
-    + ("test", "tests", "idlelib", "lib2to3", "ensurepip", "pydoc_data")
-    + ("tkinter", "turtle.py", "turtledemo")
-)
+SKIPPED_PARTS = {
+    *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),
+    *("test", "tests", "idlelib", "lib2to3", "ensurepip", "pydoc_data"),
+    *("tkinter", "turtle.py", "turtledemo"),
+}
 ALLOWED_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.'()-_/=")
 LABELS = ("Does: ", " Takes: ", " Module: ")
 
