@@ -1,1 +1,1 @@
-"""Rows, tokens and batches: from files to what a step trains on."""
+"""Data: the row contract, checks, lengths, tokenisation and the resumable order of batches."""

@@ -1,0 +1,152 @@
+"""Files as a stream of chunks: memory is bounded by the chunk, never by the file, whatever the file declares.
+
+Torch-free. What a parquet file declares is looked at before anything is decoded, the number of rows a chunk
+takes follows from it, and while Arrow decodes, the process may grow by a fixed allowance only.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gadcli.data.files import FileInfo, JsonFault, json_lines, parse_line
+from gadcli.data.findings import Finding
+from gadcli.data.parquet_pages import PageError, chunk_pages
+from gadcli.data.rows import RawChunk
+from gadcli.errors import ResourceError
+
+CHUNK_ROWS = 8192
+CHUNK_BYTES = 4 << 20  # what a chunk should hold of the two columns
+WORST_CHUNK_BYTES = 64 << 20  # what it may hold if every value were the longest one declared
+MAX_PAGE_BYTES = 128 << 20  # DuckDB writes pages of up to 100 MB, everyone else of about 1 MB
+DECODE_ALLOWANCE = 768 << 20
+
+
+def read_chunks(info: FileInfo, columns: tuple[str, str], with_extras: bool = False) -> Iterator[RawChunk | Finding]:
+    """The file's rows in order, as chunks; a Finding stands where a row group cannot be decoded.
+
+    Raises ResourceError where a page or a row would not fit in memory.
+    """
+    if info.kind == "jsonl":
+        yield from _read_jsonl(info, columns)
+        return
+    try:
+        with pq.ParquetFile(info.path, buffer_size=1 << 20, page_checksum_verification=True) as file:
+            first_row = 0
+            for group in range(file.metadata.num_row_groups):
+                yield from _read_group(file, info, columns, group, first_row, with_extras)
+                first_row += file.metadata.row_group(group).num_rows
+    except (pa.ArrowException, OSError) as error:
+        yield Finding("file_unreadable", info.path, f"cannot be read: {_short(error)}")
+
+
+def _read_group(
+    file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int, first_row: int, with_extras: bool
+) -> Iterator[RawChunk | Finding]:
+    row = first_row
+    wanted = None if with_extras else list(columns)
+    try:
+        size = chunk_rows(file, info, columns, group)
+        batches = file.iter_batches(batch_size=size, row_groups=[group], columns=wanted, use_threads=False)
+        while True:
+            with bounded_memory(f"{info.path}, row group {group}"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            content, teacher = (batch.column(batch.schema.get_field_index(c)) for c in columns)
+            yield RawChunk(info.path, group, row, content, teacher, batch if with_extras else None)
+            row += batch.num_rows
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, PageError) as error:
+        yield Finding("page_corrupt", info.path, f"row group {group} cannot be decoded: {_short(error)}", group)
+        return
+    missing = file.metadata.row_group(group).num_rows - (row - first_row)
+    if missing:
+        message = f"row group {group} declares {missing} more rows than it holds"
+        yield Finding("page_corrupt", info.path, message, group)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def chunk_rows(file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int) -> int:
+    """How many rows of a row group may be decoded at once. Raises ResourceError if a page is too large."""
+    metadata = file.metadata.row_group(group)
+    rows = max(metadata.num_rows, 1)
+    size, worst = 0, 0.0
+    with open(info.path, "rb") as raw:
+        for j in range(metadata.num_columns):
+            column = metadata.column(j)
+            if column.path_in_schema.split(".")[0] not in columns:
+                continue
+            pages = chunk_pages(raw.fileno(), column, entry_matters_from=WORST_CHUNK_BYTES // CHUNK_ROWS)
+            if pages.largest_page > MAX_PAGE_BYTES:
+                raise ResourceError(
+                    f"{info.path}: row group {group}, column {column.path_in_schema}: a page of "
+                    f"{pages.largest_page:,} bytes, packed into {column.total_compressed_size:,}",
+                    f"pages may hold {MAX_PAGE_BYTES:,} bytes; write the file again if it is meant to be so",
+                )
+            size += column.total_uncompressed_size
+            worst += column.num_values / rows * max(pages.mean_value_bytes, pages.largest_entry)
+    by_size = CHUNK_BYTES * rows // max(size, 1)
+    by_worst = int(WORST_CHUNK_BYTES / max(worst, 1.0))
+    return max(1, min(CHUNK_ROWS, max(by_size, 16), by_worst))
+
+
+@contextmanager
+def bounded_memory(what: str) -> Iterator[None]:
+    """Let the process grow by DECODE_ALLOWANCE and no further; beyond it ResourceError, not the OOM killer.
+
+    Headers bound what a page holds, but not how often one row may repeat a long dictionary entry.
+    Only Linux counts anonymous memory against RLIMIT_DATA; elsewhere this changes nothing.
+    """
+    if not os.path.exists("/proc/self/statm"):
+        yield
+        return
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[5]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = used + DECODE_ALLOWANCE
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    except MemoryError:
+        message = f"{what}: decoding a few rows takes over {DECODE_ALLOWANCE >> 20} MB: a decompression bomb"
+        raise ResourceError(message, "check where the file comes from") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _read_jsonl(info: FileInfo, columns: tuple[str, str]) -> Iterator[RawChunk]:
+    content: list[Any] = []
+    teacher: list[Any] = []
+    first_row, held = 0, 0
+    for line in json_lines(info.path):
+        value = parse_line(line)
+        if isinstance(value, dict):
+            content.append(value.get(columns[0]))
+            teacher.append(value.get(columns[1]))
+            # A prompt given as a JSON string is as good as the list itself.
+            if isinstance(content[-1], str):
+                content[-1] = parse_line(content[-1].encode("utf-8", "surrogatepass"))
+        else:
+            fault = value if isinstance(value, JsonFault) else JsonFault(f"a {type(value).__name__}, not an object")
+            content.append(fault)
+            teacher.append(fault)
+        held += len(line or b"")
+        if len(content) >= CHUNK_ROWS or held >= CHUNK_BYTES:
+            yield RawChunk(info.path, None, first_row, content, teacher)
+            first_row += len(content)
+            content, teacher, held = [], [], 0
+    if content:
+        yield RawChunk(info.path, None, first_row, content, teacher)
