@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import socket
 import sys
@@ -11,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import gadcli
+from gadcli.config.machine import cores, gpus, version_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -37,23 +36,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def cores() -> int:
-    """Cores this process may run on (affinity and containers' cpusets included)."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def gpu_count(environ: Mapping[str, str] | None = None) -> int:
+def gpu_count() -> int:
     """GPUs a worker would see, without importing torch: 0 where torch is a CPU build."""
-    environ = os.environ if environ is None else environ
-    if importlib.util.find_spec("torch") is not None and importlib.metadata.version("torch").endswith("+cpu"):
+    if (version_of("torch") or "").endswith("+cpu"):
         return 0
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        listed = [word.strip() for word in visible.split(",")]
-        # As CUDA reads it: devices behind a negative number do not exist.
-        return next((i for i, word in enumerate(listed) if not word or word.startswith("-")), len(listed))
-    driver = Path("/proc/driver/nvidia/gpus")
-    return len(list(driver.iterdir())) if driver.is_dir() else 0
+    return len(gpus())
 
 
 def processes_here(nproc: int, device: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcli.config.checks import check
+from gadcli.config.modelinfo import read_model_config
 from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
 from gadcli.config.schema import GadConfig
@@ -31,7 +32,7 @@ from gadcli.errors import (
 from gadcli.train import parent_folder as folders
 from gadcli.train.parent_data import look_at
 from gadcli.train.parent_display import make_display, say
-from gadcli.train.parent_lineage import make_lineage, model_config
+from gadcli.train.parent_lineage import check_model_path, make_lineage
 from gadcli.train.parent_loop import supervise
 from gadcli.train.parent_tensorboard import TensorBoard, wanted
 
@@ -103,13 +104,17 @@ def prepare(request: StageRequest) -> Prepared:
             f"{config.trainer.nnodes} machines need a meeting point",
             "--rdzv-endpoint HOST:PORT of the first machine, and --node-rank 0, 1, … on each (under SLURM: srun gad …)",
         )
+    for path in (config.actor.model.path, config.critic.model.path):
+        check_model_path(path)
     notes = check(config, world)
     run_dir = folders.run_dir_of(config)
     data = look_at(config.data)
     lineage = make_lineage(config, [*data.train_files, *data.val_files])
     notes += folders.check_free(run_dir, resolved, lineage, resume=request.resume, force=request.force)
     critic_path = config.critic.model.path or config.actor.model.path
-    plan = make_plan(config, data.train_rows, model_config(config.actor.model.path), model_config(critic_path), world)
+    plan = make_plan(
+        config, data.train_rows, read_model_config(config.actor.model.path), read_model_config(critic_path), world
+    )
     return Prepared(resolved, run_dir, plan, lineage, nproc, notes)
 
 

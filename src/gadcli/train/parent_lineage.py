@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gadcli.config.modelinfo import local_model_dir
 from gadcli.config.schema import GadConfig
 from gadcli.engine.manifest import step_of
 from gadcli.errors import ConfigError
@@ -31,22 +31,12 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest(), "sampled": True}
 
 
-def model_folder(path: str, environ: Mapping[str, str] | None = None) -> Path | None:
-    """The folder that holds a model's config.json, as far as it is on this machine; None for a hub name not yet
-    downloaded or a .gguf file. ConfigError (2) for a local path that is not there."""
-    environ = os.environ if environ is None else environ
+def check_model_path(path: str) -> None:
+    """ConfigError (2) for what can only be a local path and is not there; a hub name is the worker's to find."""
     local = Path(path).expanduser()
-    if local.is_dir():
-        return local / "huggingface" if (local / "huggingface").is_dir() else local
-    if local.is_file():
-        return None
-    if local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or path.endswith(".gguf"):
+    looks_local = local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or path.endswith(".gguf")
+    if path and looks_local and not local.exists():
         raise ConfigError(f"model {path}: no such file or folder", nearest(local))
-    home = Path(environ.get("HF_HOME", Path(environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")).expanduser()
-    hub = Path(environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    snapshots = hub / f"models--{path.replace('/', '--')}" / "snapshots"
-    found = sorted(snapshots.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
-    return found[-1].parent if found else None
 
 
 def nearest(path: Path) -> str:
@@ -58,22 +48,10 @@ def nearest(path: Path) -> str:
     return f"{parent} holds {', '.join(names) or 'nothing'}"
 
 
-def model_config(path: str) -> dict[str, Any] | None:
-    """A model's config.json, None when it cannot be known before loading."""
-    folder = model_folder(path) if path else None
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'}: not JSON ({error})", "download the model again") from error
-    return config if isinstance(config, dict) else None
-
-
 def model_lineage(path: str) -> dict[str, Any]:
     """What a model path stands for: the run and step it came from, and its tokenizer's fingerprint where known."""
     said: dict[str, Any] = {"path": path}
-    folder = model_folder(path) if path else None
+    folder = local_model_dir(path)
     local = Path(path).expanduser()
     step = step_of(local.parent) if local.is_dir() else None
     if step is not None:
