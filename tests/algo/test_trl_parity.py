@@ -1,0 +1,232 @@
+"""Parity with losses we did not write: TRL's GRPO (sequence and token ratios) and SFT, through a real tiny model.
+
+TRL computes its own log-probs from the model (temperature, shift, masks), so the whole path is compared, gradients
+of every parameter included. TRL is a test-only dependency; without it these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from algo.mutants import mutated
+from gadcli.algo import aggregate, logprobs, policy, sft
+from gadcli.algo.kl import kl_loss
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.slow  # importing TRL alone takes about 10 s
+
+TOLERANCE = 1e-6  # absolute, on losses of order 1 and on gradients of order .1
+VOCAB, PAD, EOS, WIDTH, TEMPERATURE = 40, 1, 2, 6, 0.8
+
+
+@pytest.fixture(scope="module")
+def trl() -> dict[str, Any]:
+    # TRL imports vLLM (seconds, gigabytes) wherever it is installed; these losses need none.
+    importlib.import_module("trl.import_utils").is_vllm_available = lambda min_version=None: False
+    names = {"grpo_trainer": "GRPOTrainer", "grpo_config": "GRPOConfig"}
+    names |= {"sft_trainer": "SFTTrainer", "sft_config": "SFTConfig"}
+    return {name: getattr(importlib.import_module(f"trl.trainer.{module}"), name) for module, name in names.items()}
+
+
+def tiny_model() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, pad_token_id=PAD, eos_token_id=EOS,
+                                         bos_token_id=3, max_position_embeddings=64, **shape))  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)  # the init's near-uniform policy would hide a dropped temperature
+    return model
+
+
+def tiny_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2", unk_token="w0")
+
+
+def grpo_trainer(trl: dict[str, Any], folder: Path, level: str, loss_type: str, beta: float) -> Any:
+    from datasets import Dataset
+
+    args = trl["GRPOConfig"](
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], temperature=TEMPERATURE, beta=0.0,
+        importance_sampling_level=level, loss_type=loss_type, epsilon=0.1, epsilon_high=0.2, num_generations=4,
+        per_device_train_batch_size=4, max_completion_length=WIDTH,
+        use_bias_correction_kl=False,  # TRL can weight its k3 by the ratio; the formula we pin does not
+    )  # fmt: skip
+    trainer = trl["GRPOTrainer"](
+        model=tiny_model(), args=args, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_dict({"prompt": ["w5 w6"] * 4}), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    trainer.beta = beta  # set here, or TRL would build a reference model; ours is a tensor in the batch
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def grpo_batch(model: Any) -> dict[str, Tensor]:
+    """Ragged answers, a left-padded prompt, positive and negative advantages, one zero-variance group of four."""
+    g = torch.Generator().manual_seed(1)
+    rows = 12
+    lengths = torch.randint(1, WIDTH + 1, (rows,), generator=g)
+    mask = (torch.arange(WIDTH) < lengths[:, None]).long()
+    advantages = torch.randn(rows, generator=g)
+    advantages[4:8] = 0.0
+    prompt_mask = torch.ones(rows, 3).long()
+    prompt_mask[0, 0] = 0
+    batch = {
+        "prompt_ids": torch.randint(4, VOCAB, (rows, 3), generator=g),
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(4, VOCAB, (rows, WIDTH), generator=g).masked_fill(mask == 0, PAD),
+        "completion_mask": mask,
+        "advantages": advantages,
+    }
+    # An old policy near the model's: whole answers and single tokens on both sides of the clips.
+    with torch.no_grad():
+        logp = answer_logp(logprobs, model, batch)
+    drift = torch.randn(rows, 1, generator=g) * 0.2 + torch.randn(rows, WIDTH, generator=g) * 0.2
+    return {**batch, "old_per_token_logps": logp + drift, "ref_per_token_logps": logp - drift}
+
+
+def answer_logp(module: ModuleType, model: Any, batch: dict[str, Tensor], temperature: float = TEMPERATURE) -> Tensor:
+    """Ours: log-probs [B, T] of the answer's tokens."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = model(input_ids=ids, attention_mask=attention).logits
+    return module.next_token_logp(logits, ids, temperature)[:, -WIDTH:]
+
+
+def gradients(model: Any) -> Tensor:
+    grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return grad
+
+
+CASES = {
+    # our (mode, agg) for TRL's (importance_sampling_level, loss_type); clip_c beyond reach, as TRL has no dual clip
+    "gspo": ("gspo", "seq-mean-token-mean", "sequence", "grpo"),
+    "grpo": ("grpo", "seq-mean-token-mean", "token", "grpo"),
+    "ppo": ("ppo", "token-mean", "token", "bnpo"),
+    "dr_grpo": ("ppo", "seq-mean-token-sum-norm", "token", "dr_grpo"),
+}
+
+
+def check_grpo(trainer: Any, case: str, *, policy_module: ModuleType = policy, logp_module: ModuleType = logprobs,
+               beta: float = 0.0) -> None:  # fmt: skip
+    mode, agg, _, _ = CASES[case]
+    model = trainer.model
+    batch = grpo_batch(model)
+    expected = trainer._compute_loss(model, batch)
+    expected.backward()
+    expected_grad = gradients(model)
+
+    logp, mask = answer_logp(logp_module, model, batch), batch["completion_mask"]
+    old, ref = batch["old_per_token_logps"], batch["ref_per_token_logps"]
+    loss, metrics = policy_module.policy_loss(mode, logp, old, batch["advantages"], mask, clip_low=0.1, clip_high=0.2,
+                                              clip_c=1e9, agg=agg, horizon=float(WIDTH))  # fmt: skip
+    if beta:
+        loss = loss + beta * kl_loss("low_var_kl", logp, ref, mask, agg=agg)[0]
+    loss.backward()
+    assert 0 < metrics["actor/pg_clipfrac"].value < 1  # the batch reaches the clips, and not only them
+    assert loss.item() == pytest.approx(expected.item(), abs=TOLERANCE)
+    assert torch.allclose(gradients(model), expected_grad, atol=TOLERANCE, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_policy_loss_and_gradients_equal_trls(trl: dict[str, Any], tmp_path: Path, case: str) -> None:
+    check_grpo(grpo_trainer(trl, tmp_path, *CASES[case][2:], beta=0.0), case)
+
+
+def test_k3_in_the_loss_equals_trls_beta(trl: dict[str, Any], tmp_path: Path) -> None:
+    check_grpo(grpo_trainer(trl, tmp_path, "sequence", "grpo", beta=0.3), "gspo", beta=0.3)
+
+
+POLICY_MUTANTS = [
+    ("masked_mean(delta_BT, mask).detach()[:, None]", "masked_mean(delta_BT, mask)[:, None]"),  # no stop-gradient
+    ("masked_mean(delta_BT, mask).detach()", "delta_BT.sum(-1).detach()"),  # sum for mean
+    ("masked_mean(delta_BT, mask).detach()", "delta_BT.mean(-1).detach()"),  # over the padded width
+    ("resolve_agg(mode, agg)", '"token-mean"'),  # tokens for rows
+    ("resolve_agg(mode, agg)", '"seq-mean-token-sum"'),
+    ("clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)"),
+]
+LOGP_MUTANTS = [
+    ("logits = logits / temperature", "pass"),  # dropped temperature
+    ("token_logp(logits_BLV[:, :-1], ids", "token_logp(logits_BLV[:, 1:], ids"),  # off-by-one shift
+]
+
+
+def test_mutants_fail_the_parity_with_trl(trl: dict[str, Any], tmp_path: Path) -> None:
+    trainer = grpo_trainer(trl, tmp_path, "sequence", "grpo", beta=0.0)
+    check_grpo(trainer, "gspo")
+    for old, new in POLICY_MUTANTS:
+        with pytest.raises(AssertionError):
+            check_grpo(trainer, "gspo", policy_module=mutated("policy", old, new))
+    for old, new in LOGP_MUTANTS:
+        # The old policy is fixed by the unmutated log-probs: a mutant sees ratios that are not there.
+        with pytest.raises(AssertionError):
+            check_grpo(trainer, "gspo", logp_module=mutated("logprobs", old, new))
+
+
+def check_sft(trainer: Any, *, sft_module: ModuleType = sft, logp_module: ModuleType = logprobs) -> None:
+    """Two ragged micro-batches of one optimiser step, divided by the step's tokens."""
+    model = trainer.model
+    g = torch.Generator().manual_seed(2)
+    parts = []
+    for rows in (1, 5):
+        ids = torch.randint(4, VOCAB, (rows, 9), generator=g)
+        lengths = torch.randint(4, 10, (rows,), generator=g)
+        valid = torch.arange(9) < lengths[:, None]
+        answer = valid & (torch.arange(9) >= 3)  # three prompt tokens
+        parts.append((ids.masked_fill(~valid, PAD), valid.long(), answer))
+    tokens = sum(int(answer.sum()) for *_, answer in parts)
+
+    expected = 0.0
+    for ids, valid, answer in parts:
+        inputs = {"input_ids": ids, "attention_mask": valid, "labels": ids.masked_fill(~answer, -100)}
+        part = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(tokens))
+        part.backward()
+        expected += part.item()
+    expected_grad = gradients(model)
+
+    total = 0.0
+    for ids, valid, answer in parts:
+        logits = model(input_ids=ids, attention_mask=valid).logits
+        part, _ = sft_module.sft_loss(logp_module.next_token_logp(logits, ids), answer[:, 1:], float(tokens))
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(expected, abs=TOLERANCE)
+    assert torch.allclose(gradients(model), expected_grad, atol=TOLERANCE, rtol=1e-4)
+
+
+def test_sft_loss_and_gradients_equal_trls_and_mutants_do_not(trl: dict[str, Any], tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    args = trl["SFTConfig"](output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    trainer = trl["SFTTrainer"](model=tiny_model(), args=args, processing_class=tiny_tokenizer(),
+                                train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7, EOS]]}))  # fmt: skip
+    check_sft(trainer)
+    for old, new in [
+        ("Denominators(tokens=tokens)", "Denominators()"),  # each micro-batch by its own tokens: a sum of means
+        ('"token-mean"', '"seq-mean-token-mean"'),  # mean of means
+        ("-logp_BT.float()", "-logp_BT.float() / 0.8"),
+    ]:
+        with pytest.raises(AssertionError):
+            check_sft(trainer, sft_module=mutated("sft", old, new))
+    with pytest.raises(AssertionError):
+        check_sft(trainer, logp_module=mutated("logprobs", *LOGP_MUTANTS[1]))
+
+
+def test_every_aggregation_but_the_plain_row_sum_has_a_parity_case() -> None:
+    covered = {agg for _, agg, _, _ in CASES.values()}
+    assert set(aggregate.AGG_MODES) - covered == {"seq-mean-token-sum"}  # by hand in test_policy.py
