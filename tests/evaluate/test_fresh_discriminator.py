@@ -14,7 +14,7 @@ WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "bdfgklm
 
 
 def sample(prompt: str, student: str, teacher: str) -> Sample:
-    return Sample(prompt, student, teacher, len(student.split()), len(teacher.split()))
+    return Sample(student, teacher, len(student.split()), len(teacher.split()), prompt=prompt)
 
 
 def sentence(rng: random.Random, words: int = 12) -> str:

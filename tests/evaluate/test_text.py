@@ -124,8 +124,8 @@ def test_length_auc_flags_too_short_as_much_as_too_long() -> None:
 
 def test_summary_of_two_samples() -> None:
     samples = [
-        Sample("p", "a b", "a b", student_length=3, teacher_length=3),
-        Sample("q", "a b", "c d e f", student_length=3, teacher_length=9, finished=False),
+        Sample("a b", "a b", student_length=3, teacher_length=3),
+        Sample("a b", "c d e f", student_length=3, teacher_length=9, finished=False),
     ]
     values = text.summary(samples, has_form=lambda answer: answer == "a b")
     assert values["val/rouge_l"] == 0.5  # 1 and 0

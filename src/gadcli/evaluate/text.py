@@ -20,14 +20,17 @@ _TOKEN = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer beside the teacher's. Lengths are in model tokens, EOS included; `finished` is ended by EOS."""
+    """One answer beside the teacher's. Lengths are in model tokens, EOS included; `finished` is ended by EOS.
 
-    prompt: str
+    The text metrics need no prompt; a fresh discriminator does.
+    """
+
     student: str
     teacher: str
     student_length: int
     teacher_length: int
     finished: bool = True
+    prompt: str = ""
 
 
 def tokens(text: str) -> list[str]:
