@@ -1,0 +1,228 @@
+"""A model's answers to held-out prompts, drawn by the trainer's own sampler in processes of their own.
+
+`draw_answers` is the parent's side and knows no torch; as a program (`python -m gadcli.evaluate.answers --run-dir
+DIR`) this file is one rank's worker: it reads DIR/request.json and writes DIR/answers_R.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gadcli.engine.environment import ENGINE_VARIABLES, processes_here
+from gadcli.errors import ExitCode, GadError
+from gadcli.evaluate.text import Sample
+
+REQUEST_FILE = "request.json"
+PLAN_FILE = "rows.json"
+MODULE = "gadcli.evaluate.answers"
+POLL_S = 0.1
+SILENCE_S = 1800.0  # a worker without a sign of life for so long is lost; loading a large model is quiet
+CHUNK_PROMPTS = 64  # prompts between two progress lines: enough to keep the engine's batch full
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """What to draw. `rows` = 0 takes all; a temperature of 0 is greedy and drawn once, whatever `n` is."""
+
+    model: str
+    files: tuple[str, ...]
+    temperatures: tuple[float, ...] = (0.0,)
+    n: int = 1
+    rows: int = 0
+    max_prompt_length: int = 1024
+    max_response_length: int = 256
+    prompt_key: str = "content"
+    response_key: str = "teacher_response"
+    engine: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_num_seqs: int = 64
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """Answers of one model at one temperature, by row and then draw; `row_ids` names each sample's row."""
+
+    model: str
+    temperature: float
+    samples: list[Sample]
+    row_ids: list[int]
+    dropped: int
+    seconds: float
+
+
+def draw_answers(request: AnswerRequest, progress: Callable[[int, int], None] | None = None) -> list[AnswerSet]:
+    """All answers of one model, a set for each temperature. `progress(done, total)` counts answers.
+
+    Blocks while workers run (one a GPU, or one on CPU); they end with this process. Raises the worker's own error.
+    """
+    from gadcli.engine.launch import LaunchSpec, Supervisor
+
+    folder = Path(tempfile.mkdtemp(prefix="gad-eval-"))
+    (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)))
+    nproc = processes_here(0, request.device)
+    started = time.monotonic()
+    supervisor = Supervisor(LaunchSpec(folder, nproc=nproc, timeout_s=SILENCE_S, worker_module=MODULE))
+    try:
+        supervisor.start()
+        while supervisor.poll():
+            if progress:
+                progress(*_progress_of(folder, nproc))
+            time.sleep(POLL_S)
+    finally:
+        outcome = supervisor.close()
+    if outcome.code != ExitCode.OK:  # the folder stays: it holds the log that the hint names
+        raise _error_of(outcome.code, outcome.message, outcome.hint)
+    if progress:
+        progress(*_progress_of(folder, nproc))
+    sets = _collect(folder, request, nproc, time.monotonic() - started)
+    shutil.rmtree(folder)
+    return sets
+
+
+def _error_of(code: int, message: str, hint: str) -> GadError:
+    kinds = {int(kind.exit_code): kind for kind in GadError.__subclasses__() if kind.exit_code != ExitCode.BUG}
+    return kinds.get(code, GadError)(message, hint or None)
+
+
+def _progress_of(folder: Path, nproc: int) -> tuple[int, int]:
+    """Answers done over all ranks, and in all (0 until the data is read)."""
+    total = json.loads(text)["answers"] if (text := _text_of(folder / PLAN_FILE)) else 0
+    return sum(_text_of(folder / f"answers_{rank}.jsonl").count("\n") for rank in range(nproc)), total
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _collect(folder: Path, request: AnswerRequest, nproc: int, seconds: float) -> list[AnswerSet]:
+    plan = json.loads(_text_of(folder / PLAN_FILE))
+    lines = [line for rank in range(nproc) for line in _text_of(folder / f"answers_{rank}.jsonl").splitlines()]
+    records = sorted((json.loads(line) for line in lines), key=lambda r: (r["row"], r["draw"]))
+    sets = []
+    for temperature in request.temperatures:
+        own = [record for record in records if record["temperature"] == temperature]
+        samples = [Sample(**record["sample"]) for record in own]
+        row_ids = [record["row"] for record in own]
+        sets.append(AnswerSet(request.model, temperature, samples, row_ids, plan["dropped"], seconds))
+    return sets
+
+
+# ---- the worker ----
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog=MODULE)
+    arguments.add_argument("--run-dir", type=Path, required=True)
+    folder = arguments.parse_args().run_dir
+    for name, value in ENGINE_VARIABLES.items():  # before torch and vllm are imported
+        os.environ.setdefault(name, value)
+    rank = int(os.environ.get("RANK", "0"))
+    record: dict[str, Any] = {"code": 0, "kind": "Done", "message": "done", "hint": None}
+    try:
+        work(folder, rank)
+    except GadError as error:
+        kind, code = type(error).__name__, int(error.exit_code)
+        record = {"code": code, "kind": kind, "message": error.message, "hint": error.hint}
+        print(f"error: {error.message}", file=sys.stderr)
+    _replace(folder / "logs" / f"rank_{rank}.exit.json", json.dumps(record))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written; native libraries sometimes abort in their own teardown after that.
+    os._exit(record["code"])
+
+
+def work(folder: Path, rank: int) -> None:
+    """One rank's share of the answers, written as they come."""
+    from gadcli.config.schema import DataConfig, FsdpConfig, RolloutConfig
+    from gadcli.data.batches import open_dataset
+    from gadcli.data.tokenize import eos_id_of, load_tokenizer
+    from gadcli.engine.dist import init_world
+    from gadcli.engine.rollout import build_sampler
+    from gadcli.merge.resolve_model import resolve_model
+
+    raw = json.loads((folder / REQUEST_FILE).read_text())
+    request = AnswerRequest(**{**raw, "files": tuple(raw["files"]), "temperatures": tuple(raw["temperatures"])})
+    world = init_world(request.device, FsdpConfig())  # before the engine: the other way round ranks stand alone
+    model_path = str(resolve_model(request.model))
+    tokenizer = load_tokenizer(model_path)
+    max_model_len = request.max_prompt_length + request.max_response_length
+    data_cfg = DataConfig(
+        val_files=list(request.files),
+        val_rows=request.rows,
+        prompt_key=request.prompt_key,
+        response_key=request.response_key,
+        max_prompt_length=request.max_prompt_length,
+        max_response_length=request.max_response_length,
+        truncation="drop",
+    )
+    data = open_dataset(list(request.files), tokenizer, data_cfg, max_model_len, split="val")
+    total = sum(len(data) * (request.n if temperature else 1) for temperature in request.temperatures)
+    if rank == 0:
+        _replace(folder / PLAN_FILE, json.dumps({"answers": total, "dropped": data.dropped}))
+    rollout = RolloutConfig(
+        engine=request.engine,
+        max_model_len=max_model_len,
+        max_num_seqs=request.max_num_seqs,
+        gpu_memory_utilization=0.85,  # nothing else lives on the device
+    )
+    eos = eos_id_of(tokenizer)
+    sampler = build_sampler(rollout, model_path, world, eos_ids=[eos], dtype=request.dtype, seed=request.seed)
+    with (folder / f"answers_{rank}.jsonl").open("w", encoding="utf-8") as file:
+        for record in _draw(request, data, tokenizer, sampler, range(rank, len(data), world.size)):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+    sampler.close()
+
+
+def _draw(request: AnswerRequest, data: Any, tokenizer: Any, sampler: Any, rows: range) -> Iterator[dict[str, Any]]:
+    from gadcli.engine.rollout import Sampling, request_seed
+
+    for temperature in request.temperatures:
+        n = request.n if temperature else 1
+        sampling = Sampling(n=n, temperature=temperature, top_p=1.0, top_k=-1, max_tokens=request.max_response_length)
+        for start in range(0, len(rows), CHUNK_PROMPTS):
+            part = [data[i] for i in rows[start : start + CHUNK_PROMPTS]]
+            seeds = [request_seed(request.seed, 0, row.row_id) for row in part]  # step 0: as during training
+            drawn = sampler.generate([row.prompt_ids for row in part], sampling, seeds)
+            for row, answers in zip(part, drawn, strict=True):
+                for draw, answer in enumerate(answers):
+                    sample = Sample(
+                        student=tokenizer.decode(answer.ids, skip_special_tokens=True),
+                        teacher=row.teacher,
+                        student_length=len(answer.ids),
+                        teacher_length=len(row.teacher_ids),
+                        finished=answer.finished,
+                        prompt=prompt_text(row.messages),
+                    )
+                    yield {"row": row.row_id, "draw": draw, "temperature": temperature, "sample": asdict(sample)}
+
+
+def prompt_text(messages: list[dict[str, str]]) -> str:
+    """A conversation as one text; a single user message stands alone."""
+    turns = [message for message in messages if message["role"] != "system"]
+    if len(messages) == 1 or len(turns) == 1:
+        return turns[0]["content"] if turns else messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    main()
