@@ -31,6 +31,7 @@ from typer.core import TyperCommand, TyperGroup
 from gadcli.errors import ExitCode, GadError
 
 MAX_ERROR_LINES = 4
+TYPER_COMPLETION = ("install_completion", "show_completion")  # options that a group's own Typer adds by default
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
@@ -90,6 +91,7 @@ def force_plain(command: Any) -> None:
     command.rich_markup_mode = None
     if isinstance(command, TyperGroup) and not command.invoke_without_command:
         command.no_args_is_help = True
+    command.params = [param for param in command.params if param.name not in TYPER_COMPLETION]
     for child in getattr(command, "commands", {}).values():
         force_plain(child)
 

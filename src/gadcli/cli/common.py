@@ -35,7 +35,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable outpu
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides by dotted key: actor.optim.lr=3e-6.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides by dotted key: actor.optim.lr=3e-6.", show_default=False),
 ]
 
 FLAG_KEYS = {

