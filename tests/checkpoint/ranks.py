@@ -1,7 +1,8 @@
-"""Runs a function on W gloo ranks in fresh processes: real FSDP, real collectives, no port (a file store)."""
+"""Runs functions on W gloo ranks, forked from one fresh process: real FSDP, real collectives, no port (a file store)."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,34 +10,52 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# The process imports torch once and never computes, so that its forked children may (OpenMP threads do not fork).
 PROGRAM = """
-import sys, datetime, importlib
+import datetime, importlib, json, os, sys, traceback
 import torch
 import torch.distributed as dist
-torch.set_num_threads(1)
-store, rank, world, target = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world,
-                        timeout=datetime.timedelta(seconds=120))
-module, function = target.split(":")
-getattr(importlib.import_module(module), function)(*sys.argv[5:])
-dist.barrier()
-dist.destroy_process_group()
+import torch.distributed.checkpoint, torch.distributed.fsdp
+
+def rank_main(store, rank, world, target, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=120))
+    module, function = target.split(":")
+    getattr(importlib.import_module(module), function)(*args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+folder, jobs = sys.argv[1], json.loads(sys.argv[2])
+for number, (world, target, *args) in enumerate(jobs):
+    importlib.import_module(target.split(":")[0])
+    children = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                rank_main(f"{folder}/store{number}", rank, world, target, args)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush(); sys.stderr.flush()
+            os._exit(code)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if any(codes):
+        sys.exit(f"ranks of {target} ended with {codes}")
 """
 
 
-def run_ranks(world: int, target: str, *args: object) -> None:
-    """Calls `target` ("module:function", a module under tests/) with str args on every rank."""
+def run_jobs(*jobs: tuple[int, str, *tuple[object, ...]]) -> None:
+    """Runs jobs (world size, "module:function" under tests/, str args…) one after another; fails if any rank fails."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    plain = [[world, target, *map(str, args)] for world, target, *args in jobs]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", PROGRAM, f"{folder}/store"]
-        tail = [str(world), target, *map(str, args)]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(r), *tail], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            for r in range(world)
-        ]
-        outputs = [p.communicate(timeout=150)[0] for p in ranks]
-    for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {target}: exit {process.returncode}\n{output[-3000:]}"
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, folder, json.dumps(plain)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
