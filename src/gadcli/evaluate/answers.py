@@ -26,6 +26,7 @@ REQUEST_FILE = "request.json"
 PLAN_FILE = "rows.json"
 MODULE = "gadcli.evaluate.answers"
 POLL_S = 0.1
+PROGRESS_S = 1.0
 SILENCE_S = 1800.0  # a worker without a sign of life for so long is lost; loading a large model is quiet
 CHUNK_PROMPTS = 64  # prompts between two progress lines: enough to keep the engine's batch full
 
@@ -61,6 +62,13 @@ class AnswerSet:
     dropped: int
     seconds: float
 
+    def first_draws(self) -> dict[int, Sample]:
+        """Each row's first answer."""
+        found: dict[int, Sample] = {}
+        for row, sample in zip(self.row_ids, self.samples, strict=True):
+            found.setdefault(row, sample)
+        return found
+
 
 def draw_answers(request: AnswerRequest, progress: Callable[[int, int], None] | None = None) -> list[AnswerSet]:
     """All answers of one model, a set for each temperature. `progress(done, total)` counts answers.
@@ -76,8 +84,10 @@ def draw_answers(request: AnswerRequest, progress: Callable[[int, int], None] | 
     supervisor = Supervisor(LaunchSpec(folder, nproc=nproc, timeout_s=SILENCE_S, worker_module=MODULE))
     try:
         supervisor.start()
+        shown_at = started
         while supervisor.poll():
-            if progress:
+            if progress and time.monotonic() - shown_at > PROGRESS_S:
+                shown_at = time.monotonic()
                 progress(*_progress_of(folder, nproc))
             time.sleep(POLL_S)
     finally:

@@ -1,0 +1,168 @@
+"""`gad eval`: a model's answers to held-out rows beside the teacher's, and beside another model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gadcli.cli.common import JsonOption, QuietOption
+
+if TYPE_CHECKING:
+    from gadcli.evaluate.answers import AnswerRequest, AnswerSet
+    from gadcli.evaluate.report import Report
+
+MODEL_HELP = "What to evaluate: hub name, HF folder, .gguf, or a run's global_step_N/actor."
+
+
+def main(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    data: Annotated[list[str], typer.Option("--data", "-d", metavar="FILE", help="Held-out rows; may be repeated.")],
+    against: Annotated[str | None, typer.Option(metavar="M2", help="A second model on the same prompts.")] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option("--temperature", "-t", metavar="T", help="0 is greedy; may be repeated. [0]")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers a prompt (one when greedy).")] = 1,
+    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Use so many rows, chosen by hash; 0 is all.")] = 0,
+    max_prompt_length: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens; longer rows are left out.")
+    ] = 1024,
+    max_response_length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer.")] = 256,
+    prompt_key: Annotated[str, typer.Option(metavar="KEY", help="Column of chat messages.")] = "content",
+    response_key: Annotated[str, typer.Option(metavar="KEY", help="Column of teacher text.")] = "teacher_response",
+    engine: Annotated[str, typer.Option(metavar="E", help="auto, vllm or hf.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="D", help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling and of the fresh discriminator.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="Train a fresh discriminator.")] = True,
+    judge_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="OpenAI-compatible judge, as https://host/v1; key in GAD_JUDGE_API_KEY."),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(metavar="NAME", help="The judge's model name.")] = "",
+    judge_cache: Annotated[
+        Path, typer.Option(metavar="FILE", help="Verdicts already given; an interrupted judging goes on from it.")
+    ] = Path("gad-judge.jsonl"),
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report, one file.")] = None,
+    samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer, as JSON lines.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score a model on held-out rows: ROUGE-L, lengths, a fresh discriminator, and a judge where one is given."""
+    from gadcli.evaluate.answers import AnswerRequest
+
+    temperatures = tuple(dict.fromkeys(temperature or [0.0]))
+    _check(engine, device, temperatures, judge_endpoint, judge_model)
+    request = AnswerRequest(
+        model=model, files=tuple(data), temperatures=temperatures, n=n, rows=rows,
+        max_prompt_length=max_prompt_length, max_response_length=max_response_length, prompt_key=prompt_key,
+        response_key=response_key, engine=engine, device=device, seed=seed,
+    )  # fmt: skip
+    sets = _draw(request, against, _progress("answers", quiet))
+    report = _report(request, sets, fresh)
+    if judge_endpoint:
+        report.judge = _judge(sets, against, judge_endpoint, judge_model, judge_cache, _progress("verdicts", quiet))
+    _write(report, sets, html, samples)
+    _print(report, as_json)
+
+
+def _check(
+    engine: str, device: str, temperatures: tuple[float, ...], judge_endpoint: str | None, judge_model: str
+) -> None:
+    from gadcli.errors import ConfigError
+
+    if engine not in ("auto", "vllm", "hf"):
+        raise ConfigError(f"--engine is {engine}", "auto, vllm or hf")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device is {device}", "auto, cpu or cuda")
+    if any(not 0.0 <= temperature <= 10.0 for temperature in temperatures):
+        raise ConfigError("--temperature is outside 0 to 10", "0 is greedy")
+    if judge_endpoint and not judge_model:
+        raise ConfigError("--judge-endpoint without --judge-model", "name the model that judges")
+
+
+def _draw(request: AnswerRequest, against: str | None, progress: Callable[[int, int], None] | None) -> list[AnswerSet]:
+    """The model's answer sets, then the second model's."""
+    from dataclasses import replace
+
+    from gadcli.evaluate.answers import draw_answers
+
+    sets = draw_answers(request, progress)
+    return sets + (draw_answers(replace(request, model=against), progress) if against else [])
+
+
+def _report(request: AnswerRequest, sets: list[AnswerSet], fresh: bool) -> Report:
+    from gadcli.evaluate.report import Report, differences, model_report
+
+    report = Report(list(request.files), [model_report(found, fresh, request.seed) for found in sets])
+    count = len(request.temperatures)
+    for one, two in zip(sets[:count], sets[count:], strict=False):
+        report.differences += differences(one, two, request.seed)
+    return report
+
+
+def _judge(
+    sets: list[AnswerSet], against: str | None, endpoint: str, model: str, cache: Path,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, float | str | None]:  # fmt: skip
+    """The first temperature's answers against the second model's, or else the teacher's."""
+    from gadcli.evaluate.judge import Pair, judge
+
+    ours = sets[0].first_draws()
+    others = sets[len(sets) // 2].first_draws() if against else ours
+    pairs = [
+        Pair(sample.prompt, sample.student, others[row].student if against else sample.teacher)
+        for row, sample in sorted(ours.items())
+    ]
+    result = judge(pairs, endpoint, model, cache, progress=progress)
+    return {**result.to_json(), "against": against or "the teacher"}
+
+
+def _write(report: Report, sets: list[AnswerSet], html: Path | None, samples: Path | None) -> None:
+    import json
+    from dataclasses import asdict
+
+    if html:
+        from gadcli.evaluate.html import html_report
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(html_report(report, sets), encoding="utf-8")
+    if samples:
+        samples.parent.mkdir(parents=True, exist_ok=True)
+        with samples.open("w", encoding="utf-8") as file:
+            for found in sets:
+                for row, sample in zip(found.row_ids, found.samples, strict=True):
+                    record = {"model": found.model, "temperature": found.temperature, "row": row, **asdict(sample)}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _print(report: Report, as_json: bool) -> None:
+    from gadcli.cli.common import print_json
+    from gadcli.evaluate.report import render
+
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print("\n".join(render(report)))
+
+
+def _progress(what: str, quiet: bool) -> Callable[[int, int], None] | None:
+    """A counter on stderr: one line that is drawn over in a terminal, a line every tenth elsewhere."""
+    import sys
+
+    if quiet:
+        return None
+    terminal = sys.stderr.isatty()
+    shown = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        tenth = 10 * done // total if total else 0
+        if not total or done == shown or (not terminal and tenth == shown):
+            return
+        shown = done if terminal else tenth
+        end = "\n" if not terminal or done == total else ""
+        print(f"{chr(13) if terminal else ''}{what}: {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    return show
