@@ -3,7 +3,8 @@
 What it does stands in SMALL_WORKER, words separated by blanks: `steps=3` `sleep=0.05` `code=5` (end with a record),
 `raise` (no record, code 1), `silent=9` (code without a record), `rank=1` (only this rank misbehaves), `abort` (SIGABRT
 after the record), `hang` (after the steps, forever), `child` (start a child in a session of its own), `deaf` (ignore
-SIGTERM and SIGINT), `spin=3` (seconds of busy work without a record), `others` (the ranks that do not misbehave wait for it, forever).
+SIGTERM and SIGINT), `spin=3` (seconds of busy work without a record), `others` (the ranks that do not misbehave
+hang).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from gadcli.engine.manifest import Manifest, hash_file, step_folder, write_manifest
 from gadcli.metrics.record import MetricsWriter, write_status
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -77,7 +79,18 @@ def work(run_dir: Path, resume: bool, asked: dict[str, str], mine: bool, wanted:
         misbehave(run_dir, {"hang": ""})
     if writer is not None:
         writer.end(0, "done")
+        checkpoint(run_dir, int(asked.get("steps", "3")))
     return end(run_dir, 0, "")
+
+
+def checkpoint(run_dir: Path, step: int) -> None:
+    """A committed checkpoint with one small file a model."""
+    folder = step_folder(run_dir, step)
+    for name in ("actor", "critic"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "weights").write_text(name)
+    files = {f"{name}/weights": hash_file(folder / name / "weights") for name in ("actor", "critic")}
+    write_manifest(folder, Manifest(step, "gad", "", 1, ["actor", "critic"], files))
 
 
 def misbehave(run_dir: Path, asked: dict[str, str]) -> None:

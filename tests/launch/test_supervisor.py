@@ -13,6 +13,7 @@ import signal
 import time
 
 import pytest
+
 from launch.processes import Start, alive, wait_until
 
 PEERS = 7

@@ -37,8 +37,9 @@ KeepBoardOption = Annotated[bool, typer.Option("--keep-tensorboard", help="Leave
 SbatchOption = Annotated[
     Path | None, typer.Option("--sbatch", metavar="FILE", help="Write a SLURM job file for this command and stop.")
 ]
+StagesOption = Annotated[str, typer.Option("--stages", metavar="A,B", help="Which stages, in their order.")]
 
-app = typer.Typer(no_args_is_help=True, help="Run one stage.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run one stage.")
 
 
 STAGE_HELP = {
@@ -91,3 +92,35 @@ def stage_command(stage: str) -> Callable[..., int]:
 
 for name in STAGE_HELP:
     app.command(name)(stage_command(name))
+
+
+def run(
+    overrides: OverridesArgument = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    reward_model: RewardModelOption = None,
+    exp_name: ExpNameOption = None,
+    output_dir: OutputDirOption = None,
+    nproc: NprocOption = None,
+    stages: StagesOption = "seqkd,warmup,gad",
+    max_restarts: RestartsOption = 0,
+    keep_tensorboard: KeepBoardOption = False,
+    dry_run: DryRunOption = False,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Run the stages in a row, each fed by the one before; --resume goes on where it stopped."""
+    from gadcli.train.parent import StageRequest
+    from gadcli.train.parent_stages import run_stages
+
+    request = StageRequest(
+        stage="", preset=preset, config_file=config, overrides=tuple(overrides or ()),
+        flags=stage_flags(model=model, reward_model=reward_model, exp_name=exp_name, output_dir=output_dir,
+                          nproc=nproc),
+        dry_run=dry_run, resume=resume, force=force, as_json=as_json, quiet=quiet, keep_tensorboard=keep_tensorboard,
+        max_restarts=max_restarts,
+    )  # fmt: skip
+    return run_stages(request, [name.strip() for name in stages.split(",") if name.strip()])

@@ -106,8 +106,11 @@ class Supervisor:
         env = {name: value for name, value in os.environ.items() if name != guard.MARK_VARIABLE}
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, self.mark],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True, env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=env,
         )
 
     def _start_agent(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -130,7 +133,11 @@ class Supervisor:
             file.flush()
             # -P: the folder the user stands in must not shadow our modules.
             return subprocess.Popen(
-                [sys.executable, "-P", *words], env=dict(env), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                [sys.executable, "-P", *words],
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
             )
 

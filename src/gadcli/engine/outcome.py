@@ -119,8 +119,11 @@ def culprit(ends: Sequence[RankEnd]) -> RankEnd | None:
     """The rank that failed first for a reason of its own: one whose peers vanished (7) is a consequence, as is one
     that we killed."""
     failed = [end for end in ends if end.failed]
-    return min(failed, key=lambda end: (end.ours, end.code == ExitCode.PEERS and end.record is not None, end.when),
-               default=None)
+    return min(
+        failed,
+        key=lambda end: (end.ours, end.code == ExitCode.PEERS and end.record is not None, end.when),
+        default=None,
+    )
 
 
 def judge(
@@ -149,8 +152,9 @@ def judge(
 
 def _from_record(end: RankEnd, logs: Path) -> Outcome:
     record = end.record or {}
-    return Outcome(end.code, str(record.get("message", "")), str(record.get("hint") or ""), end.rank,
-                   logs / f"rank_{end.rank}.log")
+    return Outcome(
+        end.code, str(record.get("message", "")), str(record.get("hint") or ""), end.rank, logs / f"rank_{end.rank}.log"
+    )
 
 
 def _failure(end: RankEnd, logs: Path, oom: bool) -> Outcome:
@@ -170,10 +174,23 @@ def _failure(end: RankEnd, logs: Path, oom: bool) -> Outcome:
                 ExitCode.RESOURCES,
                 f"rank {end.rank} was killed by the kernel: the machine ran out of memory",
                 "rollout.max_num_seqs, rollout.kv_cache_gb, actor.micro_batch_tokens or LoRA take less; then --resume",
-                end.rank, log, tail,
+                end.rank,
+                log,
+                tail,
             )
-        return Outcome(ExitCode.PEERS, f"rank {end.rank} was killed by {name}; the others were stopped",
-                       RESUME_HINT, end.rank, log, tail)
-    return Outcome(end.code, f"rank {end.rank} ended with code {end.status} and left no word",
-                   f"this is a bug of gad; its log is {log}", end.rank, log, tail)
-
+        return Outcome(
+            ExitCode.PEERS,
+            f"rank {end.rank} was killed by {name}; the others were stopped",
+            RESUME_HINT,
+            end.rank,
+            log,
+            tail,
+        )
+    return Outcome(
+        end.code,
+        f"rank {end.rank} ended with code {end.status} and left no word",
+        f"this is a bug of gad; its log is {log}",
+        end.rank,
+        log,
+        tail,
+    )

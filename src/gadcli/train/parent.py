@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gadcli.config.checks import check
+from gadcli.config.checks import check, check_inputs
+from gadcli.config.machine import free_disk_gb, gpus, pick_device, pick_engine, ram_gb
 from gadcli.config.modelinfo import read_model_config
 from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
@@ -38,8 +39,7 @@ from gadcli.train.parent_tensorboard import TensorBoard, wanted
 
 TAIL_SHOWN = 8
 ERRORS: dict[int, type[GadError]] = {
-    kind.exit_code: kind
-    for kind in (ConfigError, DataError, CheckpointError, UnhealthyError, ResourceError, PeerError)
+    kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, UnhealthyError, ResourceError, PeerError)
 }
 
 
@@ -97,25 +97,40 @@ def prepare(request: StageRequest) -> Prepared:
     request = with_runs_own_config(request)
     resolved = resolve(request.stage, request.preset, request.config_file, dict(request.flags), list(request.overrides))
     config = resolved.config
-    nproc = processes_here(config.trainer.nproc, config.trainer.device)
+    if not request.dry_run:
+        check_inputs(config)
+    for path in (config.actor.model.path, config.critic.model.path):
+        check_model_path(path)
+    device, engine = pick_device(config.trainer.device), pick_engine(config.rollout.engine)
+    nproc = processes_here(config.trainer.nproc, device)
     world = nproc * config.trainer.nnodes
-    if config.trainer.nnodes > 1 and not request.rdzv_endpoint:
+    if config.trainer.nnodes > 1 and not request.rdzv_endpoint and not request.dry_run:
         raise ConfigError(
             f"{config.trainer.nnodes} machines need a meeting point",
             "--rdzv-endpoint HOST:PORT of the first machine, and --node-rank 0, 1, … on each (under SLURM: srun gad …)",
         )
-    for path in (config.actor.model.path, config.critic.model.path):
-        check_model_path(path)
-    notes = check(config, world)
+    warnings = check(config, world, resolved.origins)
     run_dir = folders.run_dir_of(config)
     data = look_at(config.data)
     lineage = make_lineage(config, [*data.train_files, *data.val_files])
-    notes += folders.check_free(run_dir, resolved, lineage, resume=request.resume, force=request.force)
+    helper = bool(request.node_rank)  # another machine's parent answers for the folder
+    notes = folders.check_free(
+        run_dir, resolved, lineage, resume=request.resume and not helper, force=request.force or helper
+    )
     critic_path = config.critic.model.path or config.actor.model.path
     plan = make_plan(
-        config, data.train_rows, read_model_config(config.actor.model.path), read_model_config(critic_path), world
-    )
+        config, data.train_rows, read_model_config(config.actor.model.path), read_model_config(critic_path), world,
+        device=device, engine=engine, warnings=warnings, origins=resolved.origins, free_gb=free_here(run_dir, device),
+    )  # fmt: skip
     return Prepared(resolved, run_dir, plan, lineage, nproc, notes)
+
+
+def free_here(run_dir: Path, device: str) -> dict[str, float]:
+    """What this machine has, in GiB: free RAM, free disk where the run goes, one GPU's memory."""
+    free = {"ram": ram_gb()[1], "disk": free_disk_gb(run_dir)}
+    if device == "cuda" and (found := gpus()):
+        free["device"] = min(gpu.total_gb for gpu in found)
+    return free
 
 
 def with_runs_own_config(request: StageRequest) -> StageRequest:
@@ -142,7 +157,7 @@ def show_plan(prepared: Prepared, request: StageRequest) -> None:
         for line in prepared.plan.render():
             say(stream, line)
         if request.dry_run:
-            say(stream, f"would write  {prepared.run_dir}/ (nothing was written)")
+            say(stream, "dry run: nothing was loaded or written")
     for note in prepared.notes:
         say(sys.stderr, f"warning: {note}")
 

@@ -173,8 +173,10 @@ def _wait_for(ready: Path, launch_id: str) -> None:
         except (OSError, ValueError, KeyError):
             pass
         time.sleep(0.2)
-    raise PeerError(f"{ready}: rank 0 did not prepare the run's folder within {READY_WAIT_S:.0f} s",
-                    "all machines must see the same folder (trainer.output_dir)")
+    raise PeerError(
+        f"{ready}: rank 0 did not prepare the run's folder within {READY_WAIT_S:.0f} s",
+        "all machines must see the same folder (trainer.output_dir)",
+    )
 
 
 # -- the job file ------------------------------------------------------------------------------------------------------

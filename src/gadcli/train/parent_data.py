@@ -6,27 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gadcli.config.schema import DataConfig
-from gadcli.errors import ConfigError, DataError
+from gadcli.errors import DataError
 
 
 @dataclass(frozen=True)
 class DataLook:
-    """The files a run reads, and the rows to train on (before any is dropped for a fault of its own)."""
+    """The files a run reads, and the rows to train on, before any is dropped; None while no file is named."""
 
     train_files: list[Path]
     val_files: list[Path]
-    train_rows: int
+    train_rows: int | None
 
 
 def look_at(data: DataConfig) -> DataLook:
     """Find the files, look into each, count rows.
 
-    Raises ConfigError when no file is named, DataError (3) for what is missing, unreadable or without the columns.
+    Raises DataError (3) for what is missing, unreadable or without the columns.
     """
+    if not data.train_files:
+        return DataLook([], [], None)
     from gadcli.data.files import expand
 
-    if not data.train_files:
-        raise ConfigError("data.train_files is empty", "data.train_files=train.parquet names one")
     train, val = expand(data.train_files), expand(data.val_files) if data.val_files else []
     counts = {path: count_rows(path, data) for path in dict.fromkeys([*train, *val])}
     rows = sum(counts[path] for path in train)
@@ -44,6 +44,8 @@ def count_rows(path: str, data: DataConfig) -> int:
     if isinstance(info, list):
         summary = Summary()
         summary.add(info)
-        raise DataError("\n".join(finding.where() + " " + finding.message for finding in info[:2]),
-                        next(iter(summary.hints()), None))
+        raise DataError(
+            "\n".join(finding.where() + " " + finding.message for finding in info[:2]),
+            next(iter(summary.hints()), None),
+        )
     return info.rows if info.rows is not None else sum(1 for _ in json_lines(path))

@@ -186,14 +186,10 @@ def read_record(line: str) -> dict[str, Any]:
 
 def plain_record(record: dict[str, Any]) -> str:
     """One record as one line; empty for those that need none."""
-    from gadcli import dashboard
-
     kind = record.get("type")
-    if kind == "step":
-        return dashboard.plain_line(record)
-    if kind == "eval":
+    if kind in ("step", "eval"):
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items() if value is not None)
-        return f"step {record['step']}  eval  {numbers}"
+        return f"step {record['step']}  {'eval  ' if kind == 'eval' else ''}{numbers}"
     if kind == "event":
         level = "" if record.get("level") == "info" else f"{record.get('level')}: "
         return f"step {record.get('step')}  {record.get('kind')}  {level}{record.get('message')}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gadcli.config.plan import run_name
 from gadcli.config.resolve import Resolved, load_resolved
 from gadcli.config.schema import GadConfig
 from gadcli.config.tree import differences, is_neutral
@@ -21,17 +22,31 @@ PLAN_FILE = "plan.json"
 LINEAGE_FILE = "lineage.json"
 LOCK_FILE = ".lock"
 SHOWN_DIFFERENCES = 3
+PEEK_BYTES = 1 << 16
 
 
 def run_dir_of(config: GadConfig) -> Path:
     """Where a run lives: `<output_dir>/<exp_name>`, by default named after preset and stage."""
-    name = config.trainer.exp_name or "-".join(filter(None, [Path(config.preset).stem, config.stage]))
-    return Path(config.trainer.output_dir).expanduser() / name
+    return Path(config.trainer.output_dir).expanduser() / (config.trainer.exp_name or run_name(config))
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has something of a run in it (an empty one, or one with other files, is free)."""
-    return (folder / CONFIG_FILE).exists() or (folder / METRICS_FILE).exists() or any(folder.glob("global_step_*"))
+    """Whether a folder has something of a run that could be lost: a step taken or a checkpoint. One with other files,
+    or where a run never got to its first step, is free."""
+    return any(folder.glob("global_step_*")) or _has_steps(folder / METRICS_FILE)
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a run was begun here; one that was killed before its first checkpoint begins again."""
+    return (folder / CONFIG_FILE).exists()
+
+
+def _has_steps(metrics: Path) -> bool:
+    try:
+        with metrics.open("rb") as file:
+            return b'"type":"step"' in file.read(PEEK_BYTES)
+    except OSError:  # none there, or nothing that could be a run's
+        return False
 
 
 class FolderLock:
@@ -68,9 +83,8 @@ def check_free(folder: Path, resolved: Resolved, lineage: dict[str, Any], *, res
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file, not a folder", "another --exp-name")
-    taken = folder.is_dir() and holds_run(folder)
     if resume:
-        if not taken:
+        if not can_resume(folder):
             raise ConfigError(f"{folder}: no run to resume", "without --resume this starts one")
         changed = changes(folder, resolved.config, lineage)
         if changed and not force:
@@ -81,7 +95,7 @@ def check_free(folder: Path, resolved: Resolved, lineage: dict[str, Any], *, res
                 "--resume alone takes the run's own settings; --resume --force goes on with the new ones",
             )
         return [f"resuming with other settings: {text}" for text in changed]
-    if taken and not force:
+    if holds_run(folder) and not force:
         raise ConfigError(
             f"{folder}: holds a run already",
             "--resume goes on with it, --force moves it aside and starts anew, or another --exp-name",

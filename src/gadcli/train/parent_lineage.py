@@ -10,7 +10,7 @@ from typing import Any
 
 from gadcli.config.modelinfo import local_model_dir
 from gadcli.config.schema import GadConfig
-from gadcli.engine.manifest import step_of
+from gadcli.engine.manifest import MANIFEST, step_of, verify
 from gadcli.errors import ConfigError
 
 WHOLE_FILE_BYTES = 64 << 20
@@ -32,11 +32,14 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def check_model_path(path: str) -> None:
-    """ConfigError (2) for what can only be a local path and is not there; a hub name is the worker's to find."""
+    """ConfigError (2) for what can only be a local path and is not there, CheckpointError (4) for a checkpoint of ours
+    with files missing or cut. A hub name is the worker's to find."""
     local = Path(path).expanduser()
     looks_local = local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or path.endswith(".gguf")
     if path and looks_local and not local.exists():
         raise ConfigError(f"model {path}: no such file or folder", nearest(local))
+    if (local.parent / MANIFEST).is_file() and local.is_dir():
+        verify(local.parent, [f"{local.name}/"], deep=False)
 
 
 def nearest(path: Path) -> str:
@@ -66,7 +69,7 @@ def model_lineage(path: str) -> dict[str, Any]:
 
 
 def _manifest_hash(checkpoint: Path) -> str | None:
-    manifest = checkpoint / "MANIFEST.json"
+    manifest = checkpoint / MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
 
 

@@ -80,8 +80,12 @@ class TensorBoard:
             env |= mark
         with self.output.open("ab") as file:
             self.process = subprocess.Popen(
-                [*launcher, module, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                start_new_session=True, env=env,
+                [*launcher, module, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env=env,
             )
         return self.where()
 
