@@ -54,6 +54,9 @@ def main(
 
     temperatures = tuple(dict.fromkeys(temperature or [0.0]))
     _check(engine, device, temperatures, judge_endpoint, judge_model)
+    from gadcli.data.files import expand
+
+    expand(data)  # a misspelt file should not wait for a model to load
     request = AnswerRequest(
         model=model, files=tuple(data), temperatures=temperatures, n=n, rows=rows,
         max_prompt_length=max_prompt_length, max_response_length=max_response_length, prompt_key=prompt_key,

@@ -1,0 +1,77 @@
+"""`gad eval` from the command line to its files, on a tiny model with the transformers sampler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from evaluate.tiny_model import write_tiny_model
+from gadcli.cli import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {"content": [{"role": "user", "content": f"What does number {i} do?"}], "teacher_response": f"It returns {i}."}
+        for i in range(12)
+    ]
+    path = tmp_path / "held_out.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.slow
+def test_a_model_is_scored_at_two_temperatures_and_written_out(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAD_CACHE", str(tmp_path / "cache"))
+    html, samples = tmp_path / "out" / "report.html", tmp_path / "out" / "samples.jsonl"
+    words = ["eval", str(model), "--data", str(data), "-t", "0", "-t", "1", "--n", "2", "--max-response-length", "12"]
+    words += ["--max-prompt-length", "100", "--engine", "hf", "--device", "cpu", "--html", str(html)]
+    assert app.run([*words, "--samples", str(samples), "--json"]) == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    greedy, sampled = report["models"]
+    assert (greedy["temperature"], greedy["answers"], greedy["prompts"]) == (0.0, 12, 12)
+    assert (sampled["temperature"], sampled["answers"], sampled["prompts"]) == (1.0, 24, 12)
+    assert 0.0 <= sampled["metrics"]["val/rouge_l"] <= 1.0
+    assert sampled["metrics"]["val/fresh_accuracy"] > 0.5  # random weights: anyone can tell
+    assert "answers: 36 of 36" in err
+    records = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(records) == 36
+    assert all(1 <= record["student_length"] <= 12 for record in records)
+    pairs = {
+        r["row"]: [x["student"] for x in records if x["row"] == r["row"] and x["temperature"] == 1] for r in records
+    }
+    assert any(one != two for one, two in pairs.values())  # two draws of a prompt differ
+    assert html.read_text().startswith("<!doctype html>")
+
+
+def test_a_missing_file_is_a_data_error(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", str(model), "--data", str(tmp_path / "no.parquet"), "--engine", "hf", "--device", "cpu", "--quiet"]
+    assert app.run(words) == 3
+    assert "no.parquet" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--engine", "tgi"], "--engine is tgi"),
+        (["-t", "-1"], "outside 0 to 10"),
+        (["--judge-endpoint", "https://host/v1"], "without --judge-model"),
+    ],
+)
+def test_wrong_options_are_usage_errors_before_anything_starts(
+    words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["eval", "model", "--data", "rows.parquet", *words]) == 2
+    assert said in capfd.readouterr().err
