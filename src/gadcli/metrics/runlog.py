@@ -62,7 +62,8 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a run is doing: kind is missing, empty, starting, running, done, failed, stopped, dead or silent."""
+    """What a run is doing: kind is missing, empty, starting, running, done, failed, stopped,
+    dead, silent (on another host, nothing new) or unknown (no status.json)."""
 
     kind: str
     text: str
@@ -263,7 +264,7 @@ class RunLog:
         if status is None:
             if not self.exists:
                 return RunState("missing", f"no {METRICS_FILE} here yet")
-            return RunState("silent" if len(self.history) else "empty", "no status.json: cannot tell if it lives")
+            return RunState("unknown" if len(self.history) else "empty", "no status.json: cannot tell if it lives")
         if status.state in ("done", "failed", "stopped"):
             return RunState(status.state, f"at step {status.step}")
         if status.host == socket.gethostname():

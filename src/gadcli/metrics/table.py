@@ -275,3 +275,15 @@ def metric(name: str) -> Metric:
     groups: dict[str, Group] = {"critic": _D, "actor": "actor", "response_length": "responses",
                                 "teacher_length": "responses", "val": "responses"}  # fmt: skip
     return Metric(name, "", groups.get(prefix, "engine"), "not in the metric table", "last")
+
+
+def label(name: str) -> str:
+    """A metric's name where its group is already said: `d_acc`, `length`, `teacher length`, `val rouge_l`."""
+    prefix, _, rest = name.partition("/")
+    if prefix == "response_length":
+        return "length" if rest == "mean" else f"length {rest}"
+    if name == "teacher_length/mean":
+        return "teacher length"
+    if rest.startswith("advantages/"):
+        return f"advantage {rest.removeprefix('advantages/')}"
+    return rest if prefix in ("critic", "actor", "perf") and rest else f"{prefix} {rest}".strip()

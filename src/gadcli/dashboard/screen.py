@@ -1,0 +1,319 @@
+"""Lays a run out on a screen of any size: lines of exactly the room there is, in one, two or three columns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Group as Lines
+from rich.text import Text
+
+from gadcli.dashboard.draw import (
+    MARKS,
+    STYLES,
+    band_text,
+    bar,
+    chart,
+    clean,
+    duration,
+    fit,
+    pad,
+    sparkline,
+    wrap,
+)
+from gadcli.dashboard.view import RunView
+from gadcli.metrics.health import Level, group_levels, number
+from gadcli.metrics.runlog import RunLog
+from gadcli.metrics.table import GROUPS, Group, label, metric
+
+TWO_COLUMNS, THREE_COLUMNS = 100, 150
+NARROWEST_RUN, SHORTEST_RUN = 56, 9
+CHART_ROWS = 8
+_SHORT: dict[Group, str] = {"discriminator": "critic", "actor": "actor", "responses": "answers", "engine": "engine"}
+_STATE_STYLES = {"running": "green", "done": "cyan", "starting": "yellow", "stopped": "yellow", "silent": "yellow"}
+
+
+def render(log: RunLog | RunView, width: int, height: int, now: float | None = None) -> Lines:
+    """The picture of a run, `height` lines of at most `width` cells. `now`: epoch seconds."""
+    view = log
+    if isinstance(view, RunLog):
+        view = RunView(view.run_dir, view)
+        view.judge.update()
+        view.samples.poll()
+    return Lines(*screen_lines(view, width, height, time.time() if now is None else now))
+
+
+def render_runs(views: Sequence[RunView], width: int, height: int, now: float) -> Lines:
+    """Several runs at once: side by side where there is room, else one above the other, else a line each."""
+    count = len(views)
+    if count == 1:
+        return render(views[0], width, height, now)
+    each = (width - (count - 1)) // count
+    if each >= NARROWEST_RUN:
+        return Lines(*beside([screen_lines(v, each, height, now) for v in views], [each] * count, height))
+    if height // count >= SHORTEST_RUN:
+        return Lines(*(line for v in views for line in screen_lines(v, width, height // count, now)))
+    lines = [fit(Text.assemble(header(v, width, now)[0], "  ", progress(v, 30, now)), width) for v in views]
+    return Lines(*lines[:height])
+
+
+def screen_lines(view: RunView, width: int, height: int, now: float) -> list[Text]:
+    """The same as a list of lines."""
+    lines = [*header(view, width, now), progress(view, width, now)]
+    lines += advice(view, width, 3 if height >= 30 else 2)
+    foot = [footer(view, width)] if view.interactive else []
+    room = height - len(lines) - len(foot)
+    last = view.log.history.last
+    if last is None:
+        waiting = {"missing": f"{view.log.path} does not exist yet"}.get(view.log.state(now).kind, "no step yet")
+        body = [
+            fit(Text(f"waiting for the first step: {waiting}", style="dim"), width),
+            *event_lines(view, width, room - 1),
+        ]
+    elif width >= THREE_COLUMNS and room >= 12:
+        side = (width - 2) // 3
+        widths = [side, side, width - 2 - 2 * side]
+        columns = [
+            groups_column(view, GROUPS[:2], widths[0], room),
+            [*groups_column(view, GROUPS[2:], widths[1], room - 2), *time_lines(view, widths[1], 2)],
+            side_column(view, widths[2], room),
+        ]
+        body = beside(columns, widths, room)
+    elif width >= TWO_COLUMNS and room >= 12:
+        left = (width - 1) * 11 // 20
+        widths = [left, width - 1 - left]
+        right = [*time_lines(view, widths[1], 2), *side_column(view, widths[1], room - 2)]
+        body = beside([groups_column(view, GROUPS, left, room), right], widths, room)
+    else:
+        body = narrow_column(view, width, room)
+    return [fit(line, width) for line in [*lines, *body][: max(0, height - len(foot))]] + foot
+
+
+def header(view: RunView, width: int, now: float) -> list[Text]:
+    """Name, stage and state of the run."""
+    run, state = view.log.run, view.log.state(now)
+    line = Text(no_wrap=True)
+    line.append(clean(str(run.get("exp_name") or view.run_dir.name)), style="bold")
+    for part in (run.get("stage"), view.judge.facts.loss and f"loss {view.judge.facts.loss}"):
+        if part:
+            line.append(f" · {clean(str(part))}")
+    resumes = sum(1 for r in view.log.runs if r.get("resumed"))
+    if resumes:
+        line.append(f" · resumed ×{resumes}" if resumes > 1 else " · resumed")
+    line.append(" · ")
+    line.append(state.kind, style=_STATE_STYLES.get(state.kind, "bold red"))
+    if view.paused:
+        line.append(" · picture paused", style="bold yellow")
+    notice = view.notice() if view.notice is not None else ""
+    line.append(
+        f" · {clean(notice or state.text)}" if notice or state.text else "", style="bold yellow" if notice else "dim"
+    )
+    return [fit(line, width)]
+
+
+def progress(view: RunView, width: int, now: float) -> Text:
+    """Step, bar, time left, pace."""
+    last, planned = view.log.history.last, view.log.run.get("total_steps")
+    total = planned if isinstance(planned, int) and planned > 0 else 0
+    step = last.step if last else int(view.log.run.get("start_step") or 0)
+    seconds = view.step_seconds()
+    left = Text(f"step {step}/{total} " if total else f"step {step} ")
+    tail = Text()
+    if total:
+        tail.append(f" {step / total:.0%}")
+        if seconds is not None and step < total and not view.log.state(now).ended:
+            tail.append(f" · {duration((total - step) * seconds)} left")
+    if seconds is not None:
+        tail.append(f" · {duration(seconds)}/step")
+    throughput = view.log.latest("perf/tokens_per_s")
+    if throughput is not None:
+        tail.append(f" · {number(throughput)} tokens/s")
+    room = max(0, width - left.cell_len - tail.cell_len)
+    if total and room >= 4:
+        left.append_text(bar(step / total, min(room, 60)))
+    return fit(left.append_text(tail), width)
+
+
+def advice(view: RunView, width: int, rows: int) -> list[Text]:
+    """The most certain diagnosis with its evidence and cure; nothing for a healthy run."""
+    faults = [d for d in view.judge.diagnoses if d.level != "info"]
+    if not faults:
+        return []
+    top = faults[0]
+    style = STYLES[top.level if top.level != "info" else "ok"]
+    more = f" (+{len(faults) - 1} more: gad why)" if len(faults) > 1 else ""
+    lines = [Text.assemble((f"{MARKS['bad' if top.level == 'bad' else 'warn']} {top.title}", style), (more, "dim"))]
+    if top.cures:
+        lines.append(Text.assemble("  try ", (top.cures[0], "bold"), (f"  (since step {top.since})", "dim")))
+    if rows > 2:
+        lines.append(Text("  " + "; ".join(str(e) for e in top.evidence), style="dim"))
+    return [fit(line, width) for line in lines[:rows]]
+
+
+def metric_line(view: RunView, name: str, width: int, level: Level, text: str | None = None) -> Text:
+    """Mark, name, value, sparkline, band: as much of it as `width` holds."""
+    bounds = metric(name).range_for(view.judge.facts.loss)
+    _, values = view.series(name)
+    label_width = min(18, max(6, width - 11))
+    line = Text(f"{MARKS[level]} ", style=STYLES[level], no_wrap=True)
+    line.append_text(pad(Text(text or label(name)), label_width))
+    line.append(f"{number(view.log.latest(name)):>8} ")
+    band = band_text(bounds)
+    room = width - line.cell_len - (11 if width >= 50 else 0) - 1
+    if room >= 4 and values:
+        line.append_text(sparkline(values, min(room, 60), bounds))
+        if width >= 50:
+            line.append(f" {band}", style="dim")
+    return fit(line, width)
+
+
+def group_lines(view: RunView, group: Group, width: int, rows: int) -> list[Text]:
+    """A group in at most `rows` lines: its title, its metrics, and a chart of the first where there is room."""
+    verdicts = view.verdicts()
+    level = group_levels(list(verdicts.values()))[group]
+    names = view.metrics_of(group)
+    if rows <= 0:
+        return []
+
+    def of(name: str) -> Text:
+        return metric_line(view, name, width, verdicts[name].level if name in verdicts else "quiet")
+
+    if not names:
+        return [fit(Text(f"{MARKS['quiet']} {group}: nothing measured", style="dim"), width)]
+    if rows == 1:
+        return [metric_line(view, names[0], width, level, f"{_SHORT[group]} {label(names[0])}")]
+    title = Text(f"{MARKS[level]} {group} ", style=STYLES[level])
+    title.append("─" * max(0, width - title.cell_len), style="dim")
+    lines = [title]
+    spare = rows - 1 - len(names)
+    if spare >= 4 and len(view.series(names[0])[1]) > 1:
+        bounds = metric(names[0]).range_for(view.judge.facts.loss)
+        lines.append(of(names[0]))
+        lines += chart(view.series(names[0])[1], width, min(spare, CHART_ROWS), bounds)
+        names = names[1:]
+    return (lines + [of(name) for name in names])[:rows]
+
+
+def groups_column(view: RunView, groups: Sequence[Group], width: int, rows: int) -> list[Text]:
+    """Groups one above the other; rows go to each by what it has to show, the rest to charts, first come first."""
+    wants = [len(view.metrics_of(group)) + 1 for group in groups]
+    given = share_rows(min(rows, sum(wants)), wants)
+    spare = rows - sum(given)
+    for i, want in enumerate(wants):
+        if want > 1 and spare >= 4:
+            given[i] += min(spare, CHART_ROWS)
+            spare -= min(spare, CHART_ROWS)
+    return [line for group, count in zip(groups, given, strict=True) for line in group_lines(view, group, width, count)]
+
+
+def share_rows(rows: int, wants: Sequence[int]) -> list[int]:
+    """`rows` dealt out one at a time to who has the least of what it wants, until all have it."""
+    given = [0] * len(wants)
+    for _ in range(min(rows, sum(wants))):
+        given[min((i for i, want in enumerate(wants) if given[i] < want), key=lambda i: given[i] / wants[i])] += 1
+    return given
+
+
+def narrow_column(view: RunView, width: int, rows: int) -> list[Text]:
+    """One column: every group's headline, the focused group in full, time split, sample, events."""
+    fixed = len(GROUPS) - 1 + 1
+    sample_rows = min(8, max(3, (rows - 8) // 3)) if view.samples.rows and rows >= 10 else 0
+    events = min(4, max(1, rows // 10)) if view.log.events and rows >= 9 else 0
+    time_rows = 1 if rows >= 8 else 0
+    detail = max(1, rows - fixed - sample_rows - events - time_rows)
+    lines: list[Text] = []
+    wants = [len(view.metrics_of(g)) + 1 for g in GROUPS]
+    if detail + fixed - 1 >= sum(wants):
+        lines += groups_column(view, GROUPS, width, detail + fixed - 1)
+    else:
+        for group in GROUPS:
+            lines += group_lines(view, group, width, detail if group == view.focus else 1)
+    lines += time_lines(view, width, time_rows)
+    lines += sample_lines(view, width, sample_rows)
+    lines += event_lines(view, width, rows - len(lines) if rows > len(lines) else 0)
+    return lines
+
+
+def side_column(view: RunView, width: int, rows: int) -> list[Text]:
+    """The sample above, events below."""
+    events = min(max(3, rows // 4), len(view.log.events) + 1, rows)
+    lines = sample_lines(view, width, rows - events)
+    return [*lines, *event_lines(view, width, rows - len(lines))]
+
+
+def time_lines(view: RunView, width: int, rows: int) -> list[Text]:
+    """Where a step's time goes: a bar of segments, and the shares in words."""
+    split, seconds = view.time_split(), view.step_seconds()
+    if rows <= 0 or not split or seconds is None:
+        return []
+    words = Text("time ", style="bold").append(duration(seconds) + "  ", style="")
+    words.append(" · ".join(f"{name} {share:.0%}" for name, share in split if share >= 0.03))
+    lines = [words]
+    if rows > 1:
+        line, used = Text(), 0
+        for i, (_, share) in enumerate(split):
+            count = min(width - used, round(share * width))
+            line.append("█▓▒░"[i % 4] * count, style=("cyan", "blue", "magenta", "green", "yellow")[i % 5])
+            used += count
+        lines.append(line)
+    return [fit(line, width) for line in lines[:rows]]
+
+
+def sample_lines(view: RunView, width: int, rows: int) -> list[Text]:
+    """The sample looked at: prompt, student and teacher with their scores, sharing the rows."""
+    found = view.sample()
+    if rows < 2:
+        return []
+    if found is None:
+        return [fit(Text("sample: none yet", style="dim"), width)]
+    place, count, sample = found
+    title = Text(f"sample {place}/{count} · step {sample.step} · {clean(sample.kind)} ", style="bold")
+    if sample.gap is not None:
+        title.append(f"gap {number(sample.gap)} ", style="dim")
+    title.append("─" * max(0, width - title.cell_len), style="dim")
+    lines = [fit(title, width)]
+    parts = [("prompt", sample.prompt, None), ("student", sample.student, sample.student_score),
+             ("teacher", sample.teacher, sample.teacher_score)]  # fmt: skip
+    parts = parts if rows >= 4 else parts[1:]
+    texts = [clean(text) for _, text, _ in parts]
+    inner = max(2, width - 16)
+    given = share_rows(rows - 1, [len(wrap(text, inner, 20)) for text in texts])
+    for (name, _, score), text, count_rows in zip(parts, texts, given, strict=True):
+        for i, piece in enumerate(wrap(text, inner, count_rows)):
+            label = f"{name:<8}{number(score) if score is not None else '':>7} " if i == 0 else " " * 16
+            style = {"student": "cyan", "teacher": "green"}.get(name, "dim")
+            lines.append(fit(Text.assemble((label, style), piece), width))
+    return lines
+
+
+def event_lines(view: RunView, width: int, rows: int) -> list[Text]:
+    """The newest events first."""
+    lines = []
+    for event in list(view.log.events)[::-1][: max(0, rows)]:
+        level: Level = "bad" if event.level == "bad" else "warn" if event.level == "warn" else "quiet"
+        at = time.strftime("%H:%M", time.localtime(event.time)) if event.time else "--:--"
+        lines.append(Text.assemble((f"{at} {MARKS[level]} step {event.step} ", STYLES[level]), clean(event.message)))
+    return [fit(line, width) for line in lines]
+
+
+def footer(view: RunView, width: int) -> Text:
+    """The keys."""
+    names = (("q", "quit, the run goes on"), ("n", "next sample"), ("g", f"group: {view.focus}"),
+             ("p", "go on" if view.paused else "pause"))  # fmt: skip
+    line = Text(no_wrap=True)
+    for key, what in names:
+        line.append(f" {key} ", style="reverse").append(f" {what} ", style="dim")
+    return fit(line, width)
+
+
+def beside(columns: Sequence[list[Text]], widths: Sequence[int], rows: int) -> list[Text]:
+    """Columns joined line by line, a blank cell between."""
+    lines = []
+    for row in range(max(0, rows)):
+        line = Text(no_wrap=True)
+        for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+            if i:
+                line.append(" ")
+            line.append_text(pad(column[row].copy() if row < len(column) else Text(), width))
+        lines.append(line)
+    return lines

@@ -1,0 +1,107 @@
+"""Reads samples.jsonl: its newest rows as it grows, or all of them as a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gadcli.metrics.runlog import SAMPLES_FILE
+
+TAIL_BYTES = 512 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row: what the student and the teacher answered to a prompt, and the discriminator's raw scores."""
+
+    step: int
+    kind: str
+    prompt: str
+    student: str
+    teacher: str
+    student_score: float | None
+    teacher_score: float | None
+
+    @property
+    def gap(self) -> float | None:
+        """Teacher's score - student's score."""
+        if self.student_score is None or self.teacher_score is None:
+            return None
+        return self.teacher_score - self.student_score
+
+
+def parse(line: bytes) -> Sample | None:
+    """A line of samples.jsonl, or None for a torn or foreign one."""
+    try:
+        raw = json.loads(line)
+        kind, prompt, student, teacher = (_text(raw.get(key)) for key in ("kind", "prompt", "student", "teacher"))
+        return Sample(
+            int(raw["step"]),
+            kind,
+            prompt,
+            student,
+            teacher,
+            _score(raw.get("student_score")),
+            _score(raw.get("teacher_score")),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _score(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _text(value: Any) -> str:
+    """Text as it is; chat messages as `role: content` lines."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in value if isinstance(m, dict))
+    return "" if value is None else str(value)
+
+
+def iter_samples(run_dir: Path) -> Iterator[Sample]:
+    """Every readable row in file order, a line in memory at a time; nothing where there is no file."""
+    try:
+        with (run_dir / SAMPLES_FILE).open("rb") as file:
+            for line in file:
+                sample = parse(line)
+                if sample is not None:
+                    yield sample
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+class SampleTail:
+    """The newest samples of a run, at most `keep`; polls read only what is new."""
+
+    def __init__(self, run_dir: Path, keep: int = 64) -> None:
+        self.path = run_dir / SAMPLES_FILE
+        self.rows: deque[Sample] = deque(maxlen=keep)
+        self._offset = 0
+
+    def poll(self) -> bool:
+        """Read what is new; true if anything was."""
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self._offset:
+                    self._offset = 0
+                    self.rows.clear()
+                begin = max(self._offset, size - TAIL_BYTES)
+                file.seek(begin)
+                lines = file.read(size - begin).split(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if begin > self._offset:
+            lines = lines[1:]
+        self._offset = size - len(lines[-1]) if lines else size
+        found = [sample for line in lines[:-1] if (sample := parse(line)) is not None]
+        self.rows.extend(found)
+        return bool(found)
