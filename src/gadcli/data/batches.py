@@ -25,8 +25,18 @@ import numpy.typing as npt
 
 from gadcli.config.schema import DataConfig
 from gadcli.data.check import (
-    Limits, Progress, SpecialText, TokenBatch, account, failure, limit, open_files, scan_rows, tokenise,
-)  # fmt: skip
+    TOKENISED_ROWS,
+    Limits,
+    Progress,
+    SpecialText,
+    TokenBatch,
+    account,
+    failure,
+    limit,
+    open_files,
+    scan_rows,
+    tokenise,
+)
 from gadcli.data.duplicates import Repeats, content_hash, smallest
 from gadcli.data.files import FileInfo, expand
 from gadcli.data.findings import Finding, Summary
@@ -215,9 +225,14 @@ def _cached(
 
 
 def _build_and_commit(
-    folder: Path, fingerprint: str, paths: list[str], tokenizer: ChatTokenizer, cfg: DataConfig, limits: Limits,
+    folder: Path,
+    fingerprint: str,
+    paths: list[str],
+    tokenizer: ChatTokenizer,
+    cfg: DataConfig,
+    limits: Limits,
     progress: Progress | None,
-) -> None:  # fmt: skip
+) -> None:
     building = folder.with_name(folder.name + ".building")
     shutil.rmtree(building, ignore_errors=True)  # left by a killed process: we hold the lock
     building.mkdir()
@@ -250,12 +265,14 @@ class _Builder:
         special = SpecialText(self.tokenizer.special_texts)
         file_rows = {i.path: i.rows or 0 for i in infos}
         with (
-            open(self.folder / "ids.bin", "wb") as ids, open(self.folder / "index.bin", "wb") as index,
-            open(self.folder / "hash.bin", "wb") as hashes, open(self.folder / "text.bin", "wb") as text,
+            open(self.folder / "ids.bin", "wb") as ids,
+            open(self.folder / "index.bin", "wb") as index,
+            open(self.folder / "hash.bin", "wb") as hashes,
+            open(self.folder / "text.bin", "wb") as text,
             Repeats(self.folder) as repeats,
-        ):  # fmt: skip
+        ):
             out = (ids, index, hashes, text)
-            for batch in scan_rows(infos, self.keys, summary, progress):
+            for batch in scan_rows(infos, self.keys, summary, progress, most_rows=TOKENISED_ROWS):
                 special.check(batch, self.keys)
                 tokens, cut = limit(tokenise(self.tokenizer, batch, self.keys), self.limits, self.keys)
                 account(batch, summary)
@@ -263,22 +280,26 @@ class _Builder:
                 file_rows[batch.file] = max(file_rows[batch.file], batch.first_row + len(batch))
                 repeats.add(self.write(tokens, out), batch.first_id + tokens.rows)
             _note_repeats(summary, repeats, infos, file_rows)
-        error = failure(summary, on_bad_row=self.cfg.on_bad_row, truncation=self.limits.truncation,
-                        strict=self.cfg.strict)  # fmt: skip
+        error = failure(
+            summary, on_bad_row=self.cfg.on_bad_row, truncation=self.limits.truncation, strict=self.cfg.strict
+        )
         if error is not None:
             raise error
         return {
-            "files": [i.path for i in infos], "file_rows": [file_rows[i.path] for i in infos],
-            "total": summary.total, "dropped": summary.dropped, "truncated": summary.truncated,
+            "files": [i.path for i in infos],
+            "file_rows": [file_rows[i.path] for i in infos],
+            "total": summary.total,
+            "dropped": summary.dropped,
+            "truncated": summary.truncated,
             "warnings": summary.lines("warn") + self.drop_lines(),
-        }  # fmt: skip
+        }
 
     def drop_lines(self) -> list[str]:
         if not self.summary.dropped:
             return []
         s = self.summary
         head = f"{s.kept:,} rows kept + {s.dropped:,} dropped = {s.total:,}"
-        return [head] + [line for line in s.lines("error")]
+        return [head, *s.lines("error")]
 
     def write(self, tokens: TokenBatch, out: tuple[Any, Any, Any, Any]) -> npt.NDArray[np.uint64]:
         """Append a batch; returns the hash of each row's prompt and answer."""

@@ -16,7 +16,7 @@ from tokenizers import Encoding
 
 from gadcli.data.files import FileInfo, expand, inspect
 from gadcli.data.findings import Finding, Summary, excerpt
-from gadcli.data.reading import read_chunks
+from gadcli.data.reading import CHUNK_ROWS, read_chunks
 from gadcli.data.rows import RowBatch, normalise
 from gadcli.data.template import TemplateRefusal
 from gadcli.data.tokenize import ChatTokenizer
@@ -24,6 +24,8 @@ from gadcli.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int | None], None]
+# Encodings take about 120 bytes a token, so rows are tokenised in smaller batches than they are read in.
+TOKENISED_ROWS = 2048
 LENGTH_REASONS = ("teacher_too_long", "prompt_too_long", "row_too_long")
 
 
@@ -53,9 +55,13 @@ class TokenBatch:
             return self
         kept = np.flatnonzero(mask).tolist()
         return TokenBatch(
-            self.batch, self.rows[mask], [self.prompts[i] for i in kept], [self.answers[i] for i in kept],
-            self.prompt_lengths[mask], self.answer_lengths[mask],
-        )  # fmt: skip
+            self.batch,
+            self.rows[mask],
+            [self.prompts[i] for i in kept],
+            [self.answers[i] for i in kept],
+            self.prompt_lengths[mask],
+            self.answer_lengths[mask],
+        )
 
 
 def inspect_all(paths: list[str], keys: tuple[str, str], summary: Summary) -> list[FileInfo]:
@@ -82,13 +88,14 @@ def scan_rows(
     summary: Summary,
     progress: Progress | None = None,
     with_extras: bool = False,
+    most_rows: int = CHUNK_ROWS,
 ) -> Iterator[RowBatch]:
     """Batches of all files in order, with findings so far inside them (not yet in the summary: see `account`)."""
     total = sum(i.rows for i in infos if i.rows is not None) if all(i.rows is not None for i in infos) else None
     first_id = 0
     for info in infos:
         read = 0
-        for chunk in read_chunks(info, keys, with_extras):
+        for chunk in read_chunks(info, keys, with_extras, most_rows):
             if isinstance(chunk, Finding):
                 summary.add([chunk])
                 continue
@@ -125,9 +132,13 @@ def tokenise(tokenizer: ChatTokenizer, batch: RowBatch, keys: tuple[str, str]) -
     prompts = tokenizer.encode_prompts(texts)
     answers = tokenizer.encode_answers(batch.teacher_texts(good))
     tokens = TokenBatch(
-        batch, good, prompts, answers,
-        np.fromiter(map(len, prompts), np.int64, len(prompts)), np.fromiter(map(len, answers), np.int64, len(answers)) + 1,
-    )  # fmt: skip
+        batch,
+        good,
+        prompts,
+        answers,
+        np.fromiter(map(len, prompts), np.int64, len(prompts)),
+        np.fromiter(map(len, answers), np.int64, len(answers)) + 1,
+    )
     # Only short answers are worth a look, and most are not: EOS texts come as one token each.
     eos = tokenizer.eos_id
     empty = [set(e.ids) <= {eos} if n < 9 else False for e, n in zip(answers, tokens.answer_lengths, strict=True)]
@@ -154,20 +165,42 @@ def limit(tokens: TokenBatch, limits: Limits, keys: tuple[str, str]) -> tuple[To
         cut = int(((long_prompt | long_answer) & ~over).sum())
     else:
         over = tokens.prompt_lengths + tokens.answer_lengths > limits.max_model_len
-        _flag(batch, tokens, long_prompt, "prompt_too_long", keys[0],
-              lambda p, a: f"prompt is {p} tokens, max_prompt_length {limits.max_prompt}")  # fmt: skip
-        _flag(batch, tokens, long_answer, "teacher_too_long", keys[1],
-              lambda p, a: f"teacher's answer is {a} tokens with EOS, max_response_length {limits.max_response}")  # fmt: skip
+        _flag(
+            batch,
+            tokens,
+            long_prompt,
+            "prompt_too_long",
+            keys[0],
+            lambda p, a: f"prompt is {p} tokens, max_prompt_length {limits.max_prompt}",
+        )
+        _flag(
+            batch,
+            tokens,
+            long_answer,
+            "teacher_too_long",
+            keys[1],
+            lambda p, a: f"teacher's answer is {a} tokens with EOS, max_response_length {limits.max_response}",
+        )
         wrong = long_prompt | long_answer
-    _flag(batch, tokens, over & ~wrong, "row_too_long", keys[0],
-          lambda p, a: f"prompt {p} + answer {a} = {p + a} tokens, max_model_len {limits.max_model_len}")  # fmt: skip
+    _flag(
+        batch,
+        tokens,
+        over & ~wrong,
+        "row_too_long",
+        keys[0],
+        lambda p, a: f"prompt {p} + answer {a} = {p + a} tokens, max_model_len {limits.max_model_len}",
+    )
     return tokens.keep(~(wrong | over)), cut
 
 
 def _flag(
-    batch: RowBatch, tokens: TokenBatch, wrong: npt.NDArray[np.bool_], reason: str, where: str,
+    batch: RowBatch,
+    tokens: TokenBatch,
+    wrong: npt.NDArray[np.bool_],
+    reason: str,
+    where: str,
     message: Callable[[int, int], str],
-) -> None:  # fmt: skip
+) -> None:
     """A row over two limits gets two findings."""
     for j in np.flatnonzero(wrong).tolist():
         i = int(tokens.rows[j])
@@ -201,10 +234,12 @@ def failure(summary: Summary, *, on_bad_row: str, truncation: str, strict: bool)
     """The error that ends a run over this data, if any: at most four lines, the first fault of each kind."""
     allowed: tuple[str, ...] = LENGTH_REASONS if truncation == "drop" else ()
     fatal = [
-        f for reason, examples in summary.examples.items() for f in examples[:1]
+        f
+        for reason, examples in summary.examples.items()
+        for f in examples[:1]
         if (f.level == "error" and reason not in allowed and not (on_bad_row == "drop" and f.row is not None))
         or (f.level == "warn" and strict)
-    ]  # fmt: skip
+    ]
     if not fatal and summary.kept == 0:
         return DataError(f"all {summary.total:,} rows were dropped", "gad data check FILES shows why")
     if not fatal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -64,21 +65,35 @@ class Repeats:
                 entries[order[bounds[p] : bounds[p + 1]]].tofile(file)
         self._held, self._count = [], 0
 
+    def _parts(self) -> Iterator[npt.NDArray[np.void]]:
+        if self._spill is None:
+            yield from [np.concatenate(self._held)] if self._held else []
+            return
+        if self._held:
+            self._flush()
+        for p in range(PARTS):
+            file = Path(self._spill.name) / str(p)
+            if file.exists():
+                yield np.fromfile(file, ENTRY)
+
+    def matching(self, wanted: Hashes) -> Iterator[npt.NDArray[np.int64]]:
+        """Ids of the rows whose hash is among `wanted`, a part at a time."""
+        for entries in self._parts():
+            yield entries["row"][np.isin(entries["hash"], wanted)]
+
     def result(self, examples: int = 1000) -> tuple[int, list[tuple[int, int]]]:
         """How many rows repeat an earlier one, and some of them as (row, the row it repeats)."""
-        if self._spill is None:
-            parts = iter([np.concatenate(self._held)] if self._held else [])
-        else:
-            self._flush() if self._held else None
-            spill = Path(self._spill.name)
-            parts = (np.fromfile(spill / str(p), ENTRY) for p in range(PARTS))
         count, found = 0, []
-        for entries in parts:
-            entries = np.sort(entries, order=("hash", "row"))
+        for entries in self._parts():
+            hashes = np.sort(entries["hash"])  # a plain sort is vectorised; most data needs no more
+            if not (hashes[1:] == hashes[:-1]).any():
+                continue
+            # Rows came in rising order, and a stable sort keeps that among equals.
+            entries = entries[np.argsort(entries["hash"], kind="stable")]
             same = np.flatnonzero(entries["hash"][1:] == entries["hash"][:-1])
             count += len(same)
-            for i in same[: max(0, examples - len(found))].tolist():
-                found.append((int(entries["row"][i + 1]), int(entries["row"][i])))
+            shown = same[: max(0, examples - len(found))]
+            found += zip(entries["row"][shown + 1].tolist(), entries["row"][shown].tolist(), strict=True)
         return count, sorted(found)
 
 

@@ -54,9 +54,7 @@ REASONS: dict[str, Reason] = {
     ),
     "special_text": Reason("warn", "a message contains the text of a special token", "remove or escape it"),
     "duplicate": Reason("warn", "the same messages and answer occur before", "keep one of them"),
-    "overlap": Reason(
-        "warn", "a prompt is in the training and in the held-out files", "gad data split keeps them apart"
-    ),
+    "overlap": Reason("warn", "a prompt is in training and held-out files alike", "gad data split keeps them apart"),
 }
 
 

@@ -28,31 +28,34 @@ MAX_PAGE_BYTES = 128 << 20  # DuckDB writes pages of up to 100 MB, everyone else
 DECODE_ALLOWANCE = 768 << 20
 
 
-def read_chunks(info: FileInfo, columns: tuple[str, str], with_extras: bool = False) -> Iterator[RawChunk | Finding]:
-    """The file's rows in order, as chunks; a Finding stands where a row group cannot be decoded.
+def read_chunks(
+    info: FileInfo, columns: tuple[str, str], with_extras: bool = False, most_rows: int = CHUNK_ROWS
+) -> Iterator[RawChunk | Finding]:
+    """The file's rows in order, as chunks of at most `most_rows`; a Finding stands where a row group cannot be decoded.
 
     Raises ResourceError where a page or a row would not fit in memory.
     """
     if info.kind == "jsonl":
-        yield from _read_jsonl(info, columns)
+        yield from _read_jsonl(info, columns, most_rows)
         return
     try:
         with pq.ParquetFile(info.path, buffer_size=1 << 20, page_checksum_verification=True) as file:
             first_row = 0
             for group in range(file.metadata.num_row_groups):
-                yield from _read_group(file, info, columns, group, first_row, with_extras)
+                yield from _read_group(file, info, columns, group, first_row, with_extras, most_rows)
                 first_row += file.metadata.row_group(group).num_rows
     except (pa.ArrowException, OSError) as error:
         yield Finding("file_unreadable", info.path, f"cannot be read: {_short(error)}")
 
 
 def _read_group(
-    file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int, first_row: int, with_extras: bool
-) -> Iterator[RawChunk | Finding]:
+    file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int, first_row: int, with_extras: bool,
+    most_rows: int,
+) -> Iterator[RawChunk | Finding]:  # fmt: skip
     row = first_row
     wanted = None if with_extras else list(columns)
     try:
-        size = chunk_rows(file, info, columns, group)
+        size = min(chunk_rows(file, info, columns, group), most_rows)
         batches = file.iter_batches(batch_size=size, row_groups=[group], columns=wanted, use_threads=False)
         while True:
             with bounded_memory(f"{info.path}, row group {group}"):
@@ -127,7 +130,7 @@ def bounded_memory(what: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _read_jsonl(info: FileInfo, columns: tuple[str, str]) -> Iterator[RawChunk]:
+def _read_jsonl(info: FileInfo, columns: tuple[str, str], most_rows: int) -> Iterator[RawChunk]:
     content: list[Any] = []
     teacher: list[Any] = []
     first_row, held = 0, 0
@@ -144,7 +147,7 @@ def _read_jsonl(info: FileInfo, columns: tuple[str, str]) -> Iterator[RawChunk]:
             content.append(fault)
             teacher.append(fault)
         held += len(line or b"")
-        if len(content) >= CHUNK_ROWS or held >= CHUNK_BYTES:
+        if len(content) >= most_rows or held >= CHUNK_BYTES:
             yield RawChunk(info.path, None, first_row, content, teacher)
             first_row += len(content)
             content, teacher, held = [], [], 0

@@ -349,7 +349,7 @@ def _teacher_from_arrow(batch: RowBatch, values: pa.Array, name: str) -> None:
     if values.null_count:
         batch.flag(_mask(values.is_null()), "teacher_null", "teacher's answer is null", name)
     if wrong is not None:
-        raw = values.to_pylist()
+        raw = _plain(values).cast(pa.large_binary()).to_pylist()
         batch.flag(wrong, "teacher_utf8", "teacher's answer is not valid UTF-8", name, lambda i: excerpt(raw[i]))
     blank = _mask(pc.fill_null(pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts)), False))
     batch.flag(blank, "teacher_blank", "teacher's answer is empty or blank", name)

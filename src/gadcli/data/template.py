@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -26,7 +26,7 @@ class TemplateRefusal(ValueError):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's part for masks; the text inside is rendered as it stands."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -1,0 +1,241 @@
+"""`gad data`: analyse token lengths, check rows, collect teacher answers, split and look into files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gadcli.cli.common import JsonOption, QuietOption, print_json
+
+if TYPE_CHECKING:
+    from gadcli.config.schema import GadConfig
+    from gadcli.data.tokenize import ChatTokenizer
+
+app = typer.Typer(help="Analyse, check and collect training data.")
+
+FilesArgument = Annotated[
+    list[str], typer.Argument(metavar="FILES...", help="Parquet or jsonl: files, folders, globs.")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer and template to use.")
+]
+PromptKeyOption = Annotated[str | None, typer.Option("--prompt-key", metavar="C", help="Column of messages [content].")]
+ResponseKeyOption = Annotated[
+    str | None, typer.Option("--response-key", metavar="C", help="Column of answers [teacher_response].")
+]
+DataPresetOption = Annotated[
+    str | None, typer.Option("--preset", "-p", metavar="NAME", help="Take limits and columns from a preset.")
+]
+StageOption = Annotated[str, typer.Option("--stage", metavar="S", help="Which of the preset's stages.")]
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write.")]
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """A message for people: stderr."""
+    if not quiet:
+        print(text, file=sys.stderr)
+
+
+def open_tokenizer(model: str) -> ChatTokenizer:
+    """The tokenizer of a model folder, .gguf or checkpoint; torch is imported only where a conversion needs it."""
+    from gadcli.data.tokenize import ChatTokenizer
+
+    folder = Path(model).expanduser()
+    if (folder / "tokenizer.json").is_file():
+        return ChatTokenizer.from_folder(folder)
+    from gadcli.merge import resolve_model
+
+    return ChatTokenizer.from_folder(resolve_model(model))
+
+
+def preset_config(preset: str | None, stage: str) -> GadConfig:
+    """A preset's resolved stage, or the schema's defaults."""
+    from gadcli.config.resolve import resolve
+    from gadcli.config.schema import GadConfig
+
+    return resolve(stage, preset, None, {}, []).config if preset else GadConfig()
+
+
+def pick_keys(cfg: GadConfig, prompt_key: str | None, response_key: str | None) -> tuple[str, str]:
+    return prompt_key or cfg.data.prompt_key, response_key or cfg.data.response_key
+
+
+@app.command("analyze-tokens")
+def analyze_tokens(
+    files: FilesArgument,
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer counts.")],
+    preset: DataPresetOption = None,
+    stage: StageOption = "gad",
+    write: Annotated[
+        str | None, typer.Option("--write", metavar="PRESET", help="Save the limits in a preset file.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="For the steps of an epoch.")] = None,
+    prompt_key: PromptKeyOption = None,
+    response_key: ResponseKeyOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Token lengths of prompts and answers, limits that suit them, and what each limit would cut."""
+    from dataclasses import asdict
+
+    from gadcli.data.lengths import analyse, fit, steps, suggest
+    from gadcli.data.report import ProgressBar, analysis_lines
+    from gadcli.errors import DataError
+
+    cfg = preset_config(preset, stage)
+    bar = ProgressBar("analyse", quiet)
+    found = analyse(files, pick_keys(cfg, prompt_key, response_key), open_tokenizer(tokenizer), bar)
+    bar.close()
+    summary, fields = found.summary, found.fields
+    for line in summary.lines():
+        note(line, quiet)
+    if fields["both"].rows == 0 or summary.file_errors:
+        first = next(iter(summary.lines("error")), "no rows").strip()
+        raise DataError(f"no lengths of these files: {first}", "gad data check FILES lists every fault")
+    suggestion = suggest(fields)
+    cost = steps(fields["both"].rows, batch_size or cfg.data.train_batch_size, fields["both"].tokens)
+    limits = (cfg.data.max_prompt_length, cfg.data.max_response_length)
+    verdicts = fit(fields, *limits, suggestion) if preset else []
+    if as_json:
+        print_json({
+            "files": found.files, "fields": {n: f.to_json() for n, f in fields.items()},
+            "tokens": fields["both"].tokens, "rows": {"total": summary.total, "dropped": summary.dropped},
+            "findings": dict(summary.counts), "suggestion": asdict(suggestion), "steps": cost,
+            "preset": {"name": preset, "stage": stage, "fit": verdicts} if preset else None,
+        })  # fmt: skip
+    else:
+        current = dict(zip(("prompt", "teacher"), limits, strict=True)) if preset else {}
+        wanted = {"prompt": suggestion.max_prompt_length, "teacher": suggestion.max_response_length}
+        print("\n".join(analysis_lines(found, current, wanted)))
+        print("\nsuggestion")
+        print(f"  data.max_prompt_length={suggestion.max_prompt_length} data.max_response_length="
+              f"{suggestion.max_response_length} rollout.max_model_len={suggestion.max_model_len}")  # fmt: skip
+        print("\n".join(f"  {reason}" for reason in suggestion.reasons))
+        print(f"\nat batch {cost['batch_size']}: {cost['steps_per_epoch']:,} steps an epoch, "
+              f"{cost['rows_left_over']} rows left over, {cost['tokens_per_step']:,} tokens a step")  # fmt: skip
+        if preset:
+            print(f"\npreset {preset}, stage {stage}\n" + "\n".join(f"  {line}" for line in verdicts))
+    if write:
+        from gadcli.data.preset_file import write_limits
+
+        note(f"wrote the limits to {write_limits(write, suggestion, base=preset)}", quiet)
+
+
+@app.command("check")
+def check(
+    files: FilesArgument,
+    tokenizer: TokenizerOption = None,
+    preset: DataPresetOption = None,
+    stage: StageOption = "gad",
+    max_prompt_length: Annotated[
+        int | None, typer.Option("--max-prompt-length", min=1, help="Tokens of a prompt.")
+    ] = None,
+    max_response_length: Annotated[
+        int | None, typer.Option("--max-response-length", min=1, help="Tokens of an answer, EOS included.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", min=2, help="Tokens of both together.")
+    ] = None,
+    truncation: Annotated[str, typer.Option("--truncation", help="error, left, right or drop.")] = "error",
+    on_bad_row: Annotated[str, typer.Option("--on-bad-row", help="error or drop.")] = "error",
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
+    val: Annotated[
+        list[str] | None, typer.Option("--val", metavar="FILE", help="Held-out files: is a prompt in both?")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Fail if fewer good rows than this.")] = 1,
+    findings: Annotated[
+        Path | None, typer.Option("--findings", metavar="JSONL", help="Write every finding here.")
+    ] = None,
+    fix: Annotated[str | None, typer.Option("--fix", metavar="drop|trim", help="Write a clean copy to -o.")] = None,
+    out: OutOption = None,
+    show_mask: Annotated[
+        int, typer.Option("--show-mask", metavar="N", min=0, help="Print N rows as the student sees them.")
+    ] = 0,
+    prompt_key: PromptKeyOption = None,
+    response_key: ResponseKeyOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Every bad row of FILES in one pass, before a model is loaded; exit 3 if there is one."""
+    from contextlib import ExitStack
+
+    from gadcli.data.audit import CheckSpec, audit, summary_json, verdict
+    from gadcli.data.check import Limits
+    from gadcli.data.report import ProgressBar, check_lines
+    from gadcli.errors import ConfigError
+
+    one_of("--truncation", truncation, ("error", "left", "right", "drop"))
+    one_of("--on-bad-row", on_bad_row, ("error", "drop"))
+    given = (max_prompt_length, max_response_length, max_model_len)
+    if tokenizer is None and (any(given) or preset or show_mask or fix == "trim"):
+        raise ConfigError("token limits, --show-mask and --fix trim need a tokenizer", "-t MODEL")
+    if fix is not None:
+        one_of("--fix", fix, ("drop", "trim"))
+        if out is None:
+            raise ConfigError("--fix writes a clean copy and was not told where", "-o clean.parquet")
+    cfg = preset_config(preset, stage)
+    defaults = (cfg.data.max_prompt_length, cfg.data.max_response_length, cfg.rollout.max_model_len)
+    limited = preset is not None or any(given)
+    huge = 1 << 62
+    numbers = [g or (d if preset else huge) for g, d in zip(given, defaults, strict=True)]
+    spec = CheckSpec(
+        keys=pick_keys(cfg, prompt_key, response_key),
+        tokenizer=open_tokenizer(tokenizer) if tokenizer else None,
+        limits=Limits(*numbers, truncation) if limited else None,
+        strict=strict, on_bad_row=on_bad_row, batch_size=batch_size, fix=fix or "", out=out, val=val or [],
+    )  # fmt: skip
+    bar = ProgressBar("check", quiet)
+    with ExitStack() as stack:
+        sink = stack.enter_context(open_findings(findings)) if findings else None
+        summary = audit(files, spec, sink, bar)
+        bar.close()
+    if as_json:
+        print_json(summary_json(summary))
+    elif not quiet:
+        print("\n".join(check_lines(summary)))
+    if show_mask:
+        print_masks(files, spec, show_mask)
+    error = verdict(summary, spec)
+    if fix and out is not None and out.exists():
+        from gadcli.data.writing import dropped_path
+
+        note(f"wrote {out} ({summary.kept + summary.truncated:,} rows, {summary.truncated:,} of them trimmed) "
+             f"and {dropped_path(out)} ({summary.dropped - summary.truncated:,} dropped)", quiet)  # fmt: skip
+        if not summary.file_errors:
+            return
+    if error is not None:
+        raise error
+
+
+def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    from gadcli.errors import ConfigError
+
+    if value not in allowed:
+        raise ConfigError(f"{flag} is {value!r}; it is one of {', '.join(allowed)}", f"{flag} {allowed[0]}")
+
+
+def open_findings(path: Path) -> Any:
+    from gadcli.errors import ConfigError
+
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}", "choose another --findings") from None
+
+
+def print_masks(files: list[str], spec: Any, n: int) -> None:
+    """Rows as the student sees them: the prompt plain, trained tokens coloured and parted, EOS visible."""
+    import os
+
+    from gadcli.data.audit import masks
+
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for prompt, answer in masks(files, spec, n):
+        print("-" * 40)
+        print("".join(prompt), end="")
+        trained = "|".join(piece.replace("\n", "\\n") for piece in answer)
+        print(f"\x1b[32m{trained}\x1b[0m" if colour else f"[[{trained}]]")
+        print(f"-- {len(prompt)} prompt tokens, not trained; {len(answer)} trained, EOS included")

@@ -1,0 +1,224 @@
+"""`gad data check`: every fault of a set of files in one pass, repeats and overlap, and a cleaned copy (torch-free)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gadcli.data.check import (
+    TOKENISED_ROWS,
+    Limits,
+    Progress,
+    SpecialText,
+    account,
+    failure,
+    limit,
+    open_files,
+    scan_rows,
+    tokenise,
+)
+from gadcli.data.duplicates import Repeats
+from gadcli.data.files import FileInfo
+from gadcli.data.findings import Finding, Summary
+from gadcli.data.hashing import hash_rows
+from gadcli.data.reading import CHUNK_ROWS
+from gadcli.data.rows import RowBatch
+from gadcli.data.tokenize import ChatTokenizer
+from gadcli.data.writing import CleanWriter
+from gadcli.errors import DataError
+
+EXAMPLES = 1000  # findings written for repeats and overlap; all of them are counted
+
+
+@dataclass
+class CheckSpec:
+    """What `audit` is asked: columns, an optional tokenizer with limits, an optional cleaned copy."""
+
+    keys: tuple[str, str] = ("content", "teacher_response")
+    tokenizer: ChatTokenizer | None = None
+    limits: Limits | None = None
+    strict: bool = False
+    on_bad_row: str = "error"
+    batch_size: int = 1
+    fix: str = ""  # "", drop or trim
+    out: Path | None = None
+    val: list[str] = field(default_factory=list)
+
+
+def audit(
+    patterns: list[str], spec: CheckSpec, sink: IO[str] | None = None, progress: Progress | None = None
+) -> Summary:
+    """Check all files; findings stream to `sink` as JSONL. Never raises for what is in the data (see `verdict`).
+
+    Memory is bounded: hashes for repeats and overlap go to disk beyond some million rows.
+    """
+    summary = Summary(sink=sink)
+    infos = open_files(patterns, spec.keys, summary)
+    with ExitStack() as stack:
+        repeats = stack.enter_context(Repeats())
+        prompts = stack.enter_context(Repeats()) if spec.val else None
+        writer = None
+        if spec.fix and spec.out is not None:
+            writer = stack.enter_context(CleanWriter(spec.out, infos, spec.keys))
+        starts = _scan(infos, spec, summary, progress, repeats, prompts, writer)
+        _repeats(summary, repeats, infos, starts)
+        if prompts is not None:
+            _overlap(spec, summary, prompts, infos, starts)
+        if writer is not None:
+            writer.commit()
+    return summary
+
+
+def _scan(
+    infos: list[FileInfo],
+    spec: CheckSpec,
+    summary: Summary,
+    progress: Progress | None,
+    repeats: Repeats,
+    prompts: Repeats | None,
+    writer: CleanWriter | None,
+) -> list[int]:
+    """The pass itself; returns each file's first row id."""
+    special = SpecialText(spec.tokenizer.special_texts) if spec.tokenizer else None
+    starts: dict[str, int] = {}
+    most = TOKENISED_ROWS if spec.tokenizer else CHUNK_ROWS
+    for batch in scan_rows(infos, spec.keys, summary, progress, with_extras=writer is not None, most_rows=most):
+        starts.setdefault(batch.file, batch.first_id - batch.first_row)
+        trimmed: dict[int, str] = {}
+        if special is not None and spec.tokenizer is not None:
+            special.check(batch, spec.keys)
+            tokens = tokenise(spec.tokenizer, batch, spec.keys)
+            if spec.limits is not None:
+                before = batch.bad.copy()
+                limit(tokens, spec.limits, spec.keys)
+                if spec.fix == "trim":
+                    trimmed = _trim(batch, before, spec.tokenizer, spec.limits)
+        account(batch, summary)
+        summary.truncated += len(trimmed)
+        good, prompt_hashes, row_hashes = hash_rows(batch)
+        repeats.add(row_hashes, batch.first_id + good)
+        if prompts is not None:
+            prompts.add(prompt_hashes, batch.first_id + good)
+        if writer is not None:
+            writer.write(batch, trimmed)
+    return [starts.get(i.path, 0) for i in infos]
+
+
+def _trim(batch: RowBatch, before: Any, tokenizer: ChatTokenizer, limits: Limits) -> dict[int, str]:
+    """Shorter answers for rows whose only fault is the answer's length, cut at a token's end so that EOS fits."""
+    faults: dict[int, set[str]] = {}
+    for finding in batch.findings:
+        if finding.level == "error" and finding.row is not None:
+            faults.setdefault(finding.row - batch.first_row, set()).add(finding.reason)
+    out = {}
+    for i, reasons in faults.items():
+        if reasons != {"teacher_too_long"} or before[i]:
+            continue
+        text = batch.teachers[i].as_py()
+        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+        keep = limits.max_response - 1
+        while keep > 0:
+            shorter = text[: encoding.offsets[keep - 1][1]]
+            # A prefix may tokenize into more pieces than it had inside the whole: look again, and cut deeper.
+            if shorter.strip() and len(tokenizer.encode_answers([shorter])[0]) < limits.max_response:
+                out[i] = shorter
+                break
+            keep -= 1
+    return out
+
+
+def _places(infos: list[FileInfo], starts: list[int]) -> Any:
+    bounds = np.array(starts)
+
+    def place(row_id: int) -> tuple[str, int]:
+        at = int(np.searchsorted(bounds, row_id, side="right")) - 1
+        return infos[at].path, row_id - starts[at]
+
+    return place
+
+
+def _repeats(summary: Summary, repeats: Repeats, infos: list[FileInfo], starts: list[int]) -> None:
+    count, examples = repeats.result(EXAMPLES)
+    place = _places(infos, starts)
+    for row, earlier in examples:
+        (file, at), (first_file, first_at) = place(row), place(earlier)
+        summary.add([Finding("duplicate", file, f"repeats row {first_at} of {first_file}", row=at)])
+    if count:
+        summary.counts["duplicate"] = count
+
+
+def _overlap(spec: CheckSpec, summary: Summary, prompts: Repeats, infos: list[FileInfo], starts: list[int]) -> None:
+    """Prompts of the held-out files that training has too. The held-out hashes are kept in memory, 8 bytes a row."""
+    aside = Summary()
+    batches = scan_rows(open_files(spec.val, spec.keys, aside), spec.keys, aside)
+    held = [np.empty(0, np.uint64), *(np.unique(hash_rows(batch)[1]) for batch in batches)]
+    if aside.file_errors:
+        summary.add(f for group in aside.examples.values() for f in group)
+    place = _places(infos, starts)
+    count = 0
+    for rows in prompts.matching(np.unique(np.concatenate(held))):
+        for row in rows[: max(0, EXAMPLES - count)].tolist():
+            file, at = place(row)
+            summary.add([Finding("overlap", file, "this prompt is in the held-out files too", row=at)])
+        count += len(rows)
+    if count:
+        summary.counts["overlap"] = count
+
+
+def verdict(summary: Summary, spec: CheckSpec) -> DataError | None:
+    """The error `gad data check` ends with, or None."""
+    truncation = spec.limits.truncation if spec.limits else "error"
+    error = failure(summary, on_bad_row=spec.on_bad_row, truncation=truncation, strict=spec.strict)
+    if error is None and summary.kept < spec.batch_size:
+        return DataError(
+            f"{summary.kept:,} rows are fewer than one batch of {spec.batch_size}: there would be no step",
+            f"data.train_batch_size={max(summary.kept, 1)}, or more rows",
+        )
+    return error
+
+
+def masks(patterns: list[str], spec: CheckSpec, n: int) -> Iterator[tuple[list[str], list[str]]]:
+    """The first n good rows as tokens: the prompt's, and the trained ones of the answer with its EOS."""
+    if spec.tokenizer is None:
+        return
+    summary = Summary()
+    backend = spec.tokenizer.backend
+    for batch in scan_rows(open_files(patterns, spec.keys, summary), spec.keys, summary, most_rows=64):
+        tokens = tokenise(spec.tokenizer, batch, spec.keys)
+        for prompt, answer in zip(tokens.prompts, tokens.answers, strict=True):
+            if n <= 0:
+                return
+            n -= 1
+            ids = [*answer.ids, spec.tokenizer.eos_id]
+            yield _pieces(backend, prompt.ids), _pieces(backend, ids)
+
+
+def _pieces(backend: Any, ids: list[int]) -> list[str]:
+    """Each token's text; tokens that share one character come as one piece."""
+    pieces, held = [], []
+    for i in ids:
+        held.append(i)
+        text = backend.decode(held, skip_special_tokens=False)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(held) >= 4:
+            pieces.append(text)
+            held = []
+    return pieces + ([backend.decode(held, skip_special_tokens=False)] if held else [])
+
+
+def summary_json(summary: Summary) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "total": summary.total,
+        "kept": summary.kept,
+        "dropped": summary.dropped,
+        "trimmed": summary.truncated,
+        "file_errors": summary.file_errors,
+        "counts": dict(summary.counts),
+        "examples": {r: [json.loads(f.to_json()) for f in fs] for r, fs in summary.examples.items()},
+    }
