@@ -69,15 +69,8 @@ def discriminator_loss(
     apart, whatever the weight), score_reg, diff_penalty and centring as they enter d_loss; score_diff (the d above),
     raw_score_diff, value means (raw) and d_acc.
     """
-    if name not in _LOSSES:
-        raise ValueError(f"unknown discriminator loss {name!r}; known: {', '.join(_LOSSES)}")
-    pair = Pairs(t_raw_N.float(), t_norm_N.float(), s_raw_N.float(), s_norm_N.float())
-    numbers = {} if numbers is None else numbers
-    _check_numbers(name, numbers)
-    loss_N, terms = _LOSSES[name](pair, numbers, label_smoothing)
-    if centring:
-        terms["centring"] = centring * (pair.t_raw_N + pair.s_raw_N).square()
-        loss_N = loss_N + terms["centring"]
+    pair = Pairs(_wide(t_raw_N), _wide(t_norm_N), _wide(s_raw_N), _wide(s_norm_N))
+    loss_N, terms = pair_losses(name, pair, numbers, label_smoothing=label_smoothing, centring=centring)
     gap_N = pair.raw_gap_N if name == "original" else pair.norm_gap_N
     terms |= {
         "d_loss": loss_N,
@@ -90,6 +83,21 @@ def discriminator_loss(
     metrics["critic/d_acc"] = d_acc(pair.t_raw_N, pair.s_raw_N)
     # A global denominator: micro-batches and ranks of any size then add up to the loss of the whole step.
     return loss_N.sum() / (pairs if pairs is not None else max(loss_N.numel(), 1)), metrics
+
+
+def pair_losses(
+    name: str, pair: Pairs, numbers: Numbers | None = None, *, label_smoothing: float = 0.0, centring: float = 0.0
+) -> tuple[Tensor, Terms]:
+    """(loss [N], terms by metric name): what `discriminator_loss` sums, a pair at a time."""
+    if name not in _LOSSES:
+        raise ValueError(f"unknown discriminator loss {name!r}; known: {', '.join(_LOSSES)}")
+    numbers = {} if numbers is None else numbers
+    _check_numbers(name, numbers)
+    loss_N, terms = _LOSSES[name](pair, numbers, label_smoothing)
+    if centring:
+        terms["centring"] = centring * (pair.t_raw_N + pair.s_raw_N).square()
+        loss_N = loss_N + terms["centring"]
+    return loss_N, terms
 
 
 def gradient_penalty(
@@ -105,6 +113,11 @@ def gradient_penalty(
     norm2_N = grad_NTH.float().flatten(1).square().sum(-1)
     loss = 0.5 * weight * norm2_N.sum() / (rows if rows is not None else max(norm2_N.numel(), 1))
     return loss, {"critic/gradient_penalty": mean_of(norm2_N)}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: a gap of bfloat16 scores is mostly rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rank(x_N: Tensor, label_smoothing: float) -> Tensor:

@@ -1,0 +1,54 @@
+"""`gad losslab`: stored scores of a run, or a synthetic grid, through every discriminator loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import ConfigOption, JsonOption, OverridesArgument, PresetOption
+
+app = typer.Typer(add_completion=False)
+
+SYNTHETIC = "synthetic"
+
+
+@app.command()
+def losslab(
+    source: Annotated[str, typer.Argument(metavar="RUN|synthetic", help="A run's folder, or the word synthetic.")],
+    overrides: OverridesArgument = None,
+    teacher_length: Annotated[
+        float | None, typer.Option("--teacher-length", min=1, help="Tokens; default: the run's mean, or 150.")
+    ] = None,
+    student_length: Annotated[
+        float | None, typer.Option("--student-length", min=1, help="Tokens; default: the run's mean, or 250.")
+    ] = None,
+    loss: Annotated[list[str] | None, typer.Option("--loss", help="Only this loss; may be repeated.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="Scores of this step; default: the last with any.")] = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Also draw the curves into a PNG.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Scores through every discriminator loss: value, gradient size, and where each loss comes to rest.
+
+    Numbers are the run's own (or the preset's, or the defaults); try others as critic.final.score_reg=0.01.
+    """
+    from gadcli.cli import losslab_report as report
+
+    critic = report.critic_config(None if source == SYNTHETIC else Path(source), preset, config, overrides or [])
+    scores = None if source == SYNTHETIC else report.read_scores(Path(source), step)
+    lab = report.examine(critic, scores, loss or [], teacher_length, student_length)
+    if png is not None:
+        from gadcli.cli.losslab_plot import write_png
+
+        write_png(lab, png)
+    if as_json:
+        from .common import print_json
+
+        print_json(lab.to_json())
+    else:
+        report.show(lab)
+    if png is not None:
+        typer.echo(f"curves: {png}", err=True)
