@@ -1,0 +1,97 @@
+"""The discriminator: scores of texts, and its update on (teacher, student) pairs.
+
+Shapes: P prompts on this rank, G student answers a prompt, N = P*G pairs, T the longest answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gadcli.algo.discriminator import discriminator_loss
+from gadcli.algo.mean import Mean, add_metrics
+from gadcli.algo.scores import scores
+from gadcli.config.schema import CriticConfig
+from gadcli.engine.accumulate import equal_micro_batches, mini_batches
+from gadcli.engine.dist import World, sum_over_ranks
+from gadcli.engine.layout import Group, Layout, lay_out, mask_of, to_padded
+from gadcli.engine.optim import Optimizer, non_finite
+from gadcli.engine.rows import Rollout
+
+Metrics = dict[str, Mean]
+
+
+class Critic:
+    """A backbone with a scalar head and an optimiser; `model` is sharded, every method is collective."""
+
+    def __init__(self, model: Any, optimizer: Optimizer, cfg: CriticConfig, world: World) -> None:
+        self.model, self.optimizer, self.cfg, self.world = model, optimizer, cfg, world
+        self.numbers: dict[str, float] = {}
+        if cfg.loss != "original":
+            self.numbers = dataclasses.asdict(getattr(cfg, cfg.loss))
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[Group]) -> list[Tensor]:
+        """Raw scores of each group's answers (one host tensor a group, in answer order), without gradients."""
+        out: list[Tensor] = [torch.empty(0)] * len(groups)
+        for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
+            chosen = [groups[i] for i in indices]
+            raw_B, _ = self._forward(lay_out(chosen))
+            if weight:
+                sizes = [len(group.answers) for group in chosen]
+                for i, raw in zip(indices, torch.split(raw_B.cpu(), sizes), strict=True):
+                    out[i] = raw
+        return out
+
+    def score_and_update(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
+        """(raw student scores [P, G] from before the update, metrics): one update a mini-batch of prompts.
+
+        Where the whole rollout is one mini-batch, the update's own forward pass gives the scores: no pass is wasted.
+        """
+        batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
+        before_PG = torch.stack(self.score(rollout.student_groups())) if len(batches) > 1 else None
+        metrics: Metrics = {}
+        seen_PG = torch.zeros(len(rollout.rows), len(rollout.answers[0]))
+        for prompts in batches:
+            add_metrics(metrics, self._step(rollout, prompts, seen_PG))
+        return (seen_PG if before_PG is None else before_PG), metrics
+
+    def _step(self, rollout: Rollout, prompts: list[int], seen_PG: Tensor) -> Metrics:
+        groups = rollout.select(prompts).pair_groups()
+        (pairs,) = sum_over_ranks([sum(len(group.answers) - 1 for group in groups)])
+        metrics: Metrics = {}
+        for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
+            raw_B, norm_B = self._forward(lay_out([groups[i] for i in indices]))
+            raw, norm = raw_B.view(len(indices), -1), norm_B.view(len(indices), -1)  # the teacher's is the last
+            student, teacher = raw[:, :-1], raw[:, -1:].expand(-1, raw.shape[1] - 1)
+            loss, parts = discriminator_loss(
+                self.cfg.loss,
+                teacher.flatten(),
+                norm[:, -1:].expand_as(teacher).flatten(),
+                student.flatten(),
+                norm[:, :-1].flatten(),
+                self.numbers,
+                label_smoothing=self.cfg.label_smoothing,
+                centring=self.cfg.centring,
+                pairs=pairs,
+            )
+            if not torch.isfinite(loss.detach()):
+                raise non_finite(f"the discriminator loss is {float(loss.detach())}", [groups[i].row_id for i in indices])
+            (loss * weight * self.world.size).backward()
+            if weight:
+                seen_PG[[prompts[i] for i in indices]] = student.detach().cpu()
+                add_metrics(metrics, parts)
+        done = self.optimizer.step("critic", [group.row_id for group in groups])
+        return {**metrics, **{f"critic/{name}": Mean(value, 1.0) for name, value in done.items()}}
+
+    def _forward(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """(raw, norm) scores of every answer in the layout."""
+        layout = layout.to(self.world.device)
+        values_N = self.model.answer_values(layout)
+        width = max(1, max(layout.lengths))
+        mask_BT = mask_of(layout.lengths, width).to(values_N.device)
+        return scores(to_padded(values_N, layout.lengths, width), mask_BT, self.cfg.values)

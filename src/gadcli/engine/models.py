@@ -1,0 +1,185 @@
+"""Loading, cutting, adapting and sharding the student, its reference and the discriminator.
+
+Models keep their Hugging Face names; the two passes the trainer needs, `answer_logprobs` and `answer_values`, are
+attached as methods that FSDP2 treats as forward passes. Shapes: see `engine.layout`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method as as_forward
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+
+from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
+from gadcli.engine.dist import World
+from gadcli.engine.head import head_logprobs
+from gadcli.engine.layout import Layout
+from gadcli.errors import ConfigError
+
+
+def answer_logprobs(self: Any, layout: Layout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every answer token and the entropy where it was drawn, at logits / temperature.
+
+    Returns (logp_N, entropy_N), float32, in the layout's token order.
+    """
+    hidden_RLH = _backbone(self, layout)
+    predictor_NH = hidden_RLH.flatten(0, 1)[layout.predictor_N]
+    return head_logprobs(predictor_NH, self.lm_head.weight, layout.target_N, temperature)
+
+
+def answer_values(self: Any, layout: Layout) -> torch.Tensor:
+    """The scalar head's value at every answer token [N], float32; the value at a token has read that token."""
+    hidden_RLH = _backbone(self, layout)
+    own_NH = hidden_RLH.flatten(0, 1)[layout.own_N]
+    return self.score(own_NH)[:, 0].float()
+
+
+def _backbone(model: Any, layout: Layout) -> torch.Tensor:
+    """Hidden states [R, L, H] after the final norm. No KV cache: with one, restarted positions would leak."""
+    out = model.model(
+        input_ids=layout.ids_RL, position_ids=layout.positions_RL, attention_mask=layout.mask_R1LL, use_cache=False
+    )
+    return out.last_hidden_state
+
+
+def load_actor(path: str, cfg: ModelConfig, *, trainable: bool = True) -> PreTrainedModel:
+    """The student (or, with `trainable=False`, its frozen reference) in float32 on the host."""
+    config = _read_config(path, cfg)
+    _refuse_unshareable(config, path)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    _prepare(model, cfg, trainable)
+    model.answer_logprobs = types.MethodType(answer_logprobs, model)
+    return model
+
+
+@dataclass(frozen=True)
+class LoadedCritic:
+    """A discriminator, and whether its scalar head is new (drawn from the seed: its scores are noise until trained)."""
+
+    model: PreTrainedModel
+    fresh_head: bool
+
+
+def load_critic(path: str, cfg: ModelConfig, seed: int) -> LoadedCritic:
+    """The discriminator: a backbone with a scalar head, the head drawn from `seed` where the checkpoint has none."""
+    config = _read_config(path, cfg)
+    _refuse_unshareable(config, path)
+    config.num_labels = 1
+    config.classifier_dropout = 0.0  # scores must be a function of the text alone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = AutoModelForTokenClassification.from_pretrained(
+            path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    _prepare(model, cfg, trainable=True)
+    model.score.requires_grad_(True)
+    model.answer_values = types.MethodType(answer_values, model)
+    return LoadedCritic(model, any(name.startswith("score.") for name in info["missing_keys"]))
+
+
+def _read_config(path: str, cfg: ModelConfig) -> Any:
+    config = AutoConfig.from_pretrained(path)
+    if cfg.num_layers:
+        if cfg.num_layers > config.num_hidden_layers:
+            raise ConfigError(f"{path} has {config.num_hidden_layers} layers, fewer than num_layers={cfg.num_layers}")
+        config.num_hidden_layers = cfg.num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: cfg.num_layers]
+    return config
+
+
+def _refuse_unshareable(config: Any, path: str) -> None:
+    """Models whose attention cannot take our mask, or whose head is not one matrix, would train wrongly in silence."""
+    if getattr(config, "final_logit_softcapping", None):
+        raise ConfigError(f"{path}: final_logit_softcapping is not supported", "use a model without logit capping")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention"}:
+        raise ConfigError(f"{path}: attention kinds {sorted(kinds)} are not supported", "use a full-attention model")
+
+
+def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # old and new log-probs must be the same function of the weights
+    model.config.use_cache = False
+    model.requires_grad_(trainable and not cfg.lora.rank)
+    if trainable and cfg.lora.rank:
+        _add_lora(model, cfg.lora)
+    if trainable and cfg.train_layers:
+        _freeze_below(model, cfg.train_layers)
+    if trainable and cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # gradient checkpointing acts in train mode only; there is no dropout left to turn on
+
+
+def _add_lora(model: PreTrainedModel, cfg: LoraConfig) -> None:
+    targets: Any = "all-linear" if cfg.target_modules == "all-linear" else cfg.target_modules.split(",")
+    if targets == "all-linear":
+        inside = {name.rsplit(".", 1)[-1] for name, m in model.model.named_modules() if isinstance(m, nn.Linear)}
+        targets = sorted(inside)  # by name, so that heads (lm_head, score) stay out
+    inject_adapter_in_model(
+        PeftLoraConfig(r=cfg.rank, lora_alpha=int(cfg.alpha), lora_dropout=cfg.dropout, target_modules=targets), model
+    )
+
+
+def _freeze_below(model: PreTrainedModel, train_layers: int) -> None:
+    """Freeze the embeddings and all but the last `train_layers` layers. A tied head is the embedding: frozen too."""
+    model.get_input_embeddings().requires_grad_(False)
+    for layer in list(model.model.layers)[:-train_layers]:
+        layer.requires_grad_(False)
+
+
+def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, offload: bool = False) -> Any:
+    """FSDP2: each decoder layer a unit, the rest the root. bf16 compute keeps float32 masters and reductions.
+
+    Returns the same model; its parameters are DTensors on `world.mesh`.
+    """
+    compute = resolve_dtype(dtype, world.device)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "reshard_after_forward": cfg.reshard_after_forward and world.size > 1,
+        "mp_policy": policy or MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy(),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    for method in ("answer_logprobs", "answer_values"):
+        if hasattr(model, method):
+            as_forward(model, method)
+    return model
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run the frozen base of a LoRA model: the reference policy at no memory of its own."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,91 @@
+"""Rollouts through transformers' generate, on a whole copy of the model: slower, and runs wherever torch does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from gadcli.config.schema import RolloutConfig
+from gadcli.engine.dist import World
+from gadcli.engine.rollout import Sampler, Sampling, cut_at_eos, gather_logprobs
+from gadcli.engine.rows import Answer
+from gadcli.engine.sync import full_tensors
+
+
+class HfSampler(Sampler):
+    """Generates in left-padded batches of at most `rollout.max_num_seqs` sequences."""
+
+    name = "hf"
+
+    def __init__(self, cfg: RolloutConfig, model_path: str, world: World, eos_ids: list[int],
+                 dtype: torch.dtype) -> None:
+        self.cfg, self.world, self.eos_ids = cfg, world, eos_ids
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
+        self.model.to(world.device).eval()
+
+    @torch.no_grad()
+    def load(self, model: nn.Module) -> None:
+        own = self.model.state_dict()
+        missing = set(own)
+        for name, tensor in full_tensors(model):
+            own[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise AssertionError(f"weights that the actor did not send: {sorted(missing)[:5]}")
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
+        at_once = max(1, self.cfg.max_num_seqs // sampling.n)
+        answers: list[list[Answer]] = []
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            answers.extend(self._generate_batch(prompts[part], sampling, seeds[part]))
+        return answers
+
+    def _generate_batch(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        greedy = sampling.temperature == 0
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seeds[0])  # generate has one stream a batch; the batch's first prompt names it
+            out = self.model.generate(
+                ids.to(self.world.device),
+                attention_mask=mask.to(self.world.device),
+                do_sample=not greedy,
+                temperature=None if greedy else sampling.temperature,
+                top_p=None if greedy else sampling.top_p,
+                top_k=0 if sampling.top_k < 0 else sampling.top_k,
+                num_return_sequences=sampling.n,
+                max_new_tokens=sampling.max_tokens,
+                eos_token_id=self.eos_ids,
+                pad_token_id=self.eos_ids[0],
+                output_logits=True,
+                return_dict_in_generate=True,
+                use_cache=True,
+            )
+        drawn = out.sequences[:, longest:].cpu()
+        temperature = 1.0 if greedy else sampling.temperature
+        logits_BTV = torch.stack(out.logits, dim=1)
+        logp_BT = torch.stack([
+            torch.log_softmax(row.float() / temperature, -1).gather(1, tokens.to(row.device)[:, None])[:, 0]
+            for row, tokens in zip(logits_BTV, drawn, strict=True)
+        ]).cpu()
+        flat = []
+        for tokens, logp in zip(drawn.tolist(), logp_BT.tolist(), strict=True):
+            kept, finished = cut_at_eos(tokens, self.eos_ids)
+            flat.append(Answer(kept, logp[: len(kept)], finished))
+        return [flat[i : i + sampling.n] for i in range(0, len(flat), sampling.n)]
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> list[float]:
+        logits = self.model(torch.tensor([ids], device=self.world.device), use_cache=False).logits[0]
+        return gather_logprobs(logits, ids)
+
+    def close(self) -> None:
+        del self.model

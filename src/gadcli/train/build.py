@@ -1,0 +1,163 @@
+"""Builds a Run from a resolved config, in the order that the engines demand, and closes it again."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gadcli.config.schema import GadConfig
+from gadcli.data.batches import Dataset, open_dataset
+from gadcli.data.order import BatchOrder
+from gadcli.data.tokenize import eos_id_of, load_tokenizer
+from gadcli.engine.actor import Actor, Reference
+from gadcli.engine.critic import Critic
+from gadcli.engine.dist import World, init_world
+from gadcli.engine.models import load_actor, load_critic, resolve_dtype, shard
+from gadcli.engine.optim import Optimizer
+from gadcli.engine.rollout import build_sampler
+from gadcli.engine.sync import make_probe
+from gadcli.errors import ConfigError
+from gadcli.merge.resolve_model import resolve_model
+from gadcli.train.records import Records
+from gadcli.train.run import Progress, Run
+from gadcli.train.saving import agree_on_checkpoint, restore
+from gadcli.train.stopping import StopFlag
+
+
+def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run:
+    """Load data, models and sampler. The process group comes first: an engine made before it would train alone."""
+    stop = StopFlag()
+    stop.install()
+    world = init_world(cfg.trainer.device, cfg.fsdp)
+    started = time.monotonic()
+    actor_path = _resolve_together(cfg.actor.model.path, world)
+    tokenizer = load_tokenizer(actor_path)
+    train_data, val_data = _open_data(cfg, tokenizer, run_dir)
+    order = BatchOrder(len(train_data), cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
+    progress = Progress(total_steps=cfg.trainer.total_steps or cfg.trainer.total_epochs * order.steps_per_epoch)
+    resume_from = agree_on_checkpoint(resume_from, world)
+    records = Records(cfg, run_dir, world, start_step=_step_of(resume_from))
+    records.status("load", _step_of(resume_from), state="starting")
+
+    actor_model = shard(load_actor(actor_path, cfg.actor.model), world, cfg.fsdp, cfg.actor.model.dtype)
+    actor = Actor(actor_model, Optimizer(actor_model, cfg.actor.optim, cfg.actor.grad_clip, _actor_updates(cfg, progress)),
+                  cfg.actor, world, cfg.rollout.temperature, cfg.data.max_response_length)
+    critic = _build_critic(cfg, actor_path, world, progress, records)
+    reference = _build_reference(cfg, actor_path, actor_model, world)
+    eos_ids = [eos_id_of(tokenizer)]
+    sampler = None
+    if cfg.stage != "seqkd" or val_data is not None:
+        sampler = build_sampler(cfg.rollout, actor_path, world, eos_ids=eos_ids, dtype=cfg.actor.model.dtype,
+                                seed=cfg.trainer.seed)
+        stop.install()
+    row = train_data[0]
+    probe = make_probe(row.prompt_ids + row.teacher_ids, cfg.rollout.sync_tolerance,
+                       resolve_dtype(cfg.actor.model.dtype, world.device))
+    run = Run(cfg, run_dir, world, tokenizer, eos_ids, train_data, val_data, order, actor, sampler, probe, records,
+              stop, progress, reference, critic)
+    if resume_from is not None:
+        restore(run, resume_from)
+    _announce(run, resume_from, time.monotonic() - started)
+    return run
+
+
+def _resolve_together(path: str, world: World) -> str:
+    """The Hugging Face folder behind `path`; rank 0 converts, the others then find it done."""
+    if not world.is_main:
+        dist.barrier()
+    folder = str(resolve_model(path))
+    if world.is_main and world.size > 1:
+        dist.barrier()
+    return folder
+
+
+def _open_data(cfg: GadConfig, tokenizer: Any, run_dir: Path) -> tuple[Dataset, Dataset | None]:
+    train = open_dataset(cfg.data.train_files, tokenizer, cfg.data, cfg.rollout.max_model_len, split="train")
+    if not cfg.data.val_files:
+        return train, None
+    return train, open_dataset(cfg.data.val_files, tokenizer, cfg.data, cfg.rollout.max_model_len, split="val")
+
+
+def _actor_updates(cfg: GadConfig, progress: Progress) -> int:
+    """Optimiser steps the actor's schedule spans."""
+    steps = progress.total_steps - max(0, cfg.trainer.critic_warmup)
+    if cfg.actor.objective == "sft":
+        return max(1, steps)
+    size = cfg.actor.ppo_mini_batch_size or cfg.data.train_batch_size
+    return max(1, steps * cfg.actor.ppo_epochs * (cfg.data.train_batch_size // size))
+
+
+def _build_critic(cfg: GadConfig, actor_path: str, world: World, progress: Progress, records: Records) -> Critic | None:
+    if cfg.trainer.critic_warmup < 0:
+        return None
+    path = _resolve_together(cfg.critic.model.path, world) if cfg.critic.model.path else actor_path
+    loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed)
+    if loaded.fresh_head and cfg.stage == "gad":
+        records.event("note", f"{path} has no scalar head: an untrained discriminator's scores are noise; "
+                              "run the warmup stage first", level="warn", step=0)
+    model = shard(loaded.model, world, cfg.fsdp, cfg.critic.model.dtype, offload=cfg.fsdp.offload_critic)
+    if model.config.vocab_size != _vocabulary(actor_path):
+        raise ConfigError(f"student and critic have different vocabularies: {_vocabulary(actor_path)} and "
+                          f"{model.config.vocab_size}", "they must share a tokenizer")
+    size = cfg.critic.ppo_mini_batch_size or cfg.data.train_batch_size
+    updates = progress.total_steps * (cfg.data.train_batch_size // size)
+    return Critic(model, Optimizer(model, cfg.critic.optim, cfg.critic.grad_clip, updates), cfg.critic, world)
+
+
+def _vocabulary(path: str) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(path).vocab_size)
+
+
+def _build_reference(cfg: GadConfig, actor_path: str, actor_model: Any, world: World) -> Reference | None:
+    """The frozen start, where a KL asks for it; with LoRA it is the actor with its adapters off."""
+    wanted = cfg.actor.use_kl_loss and cfg.actor.kl_loss_coef > 0 or cfg.algorithm.use_kl_in_reward
+    if cfg.stage == "seqkd" or cfg.actor.objective != "policy" or not wanted:
+        return None
+    if cfg.actor.model.lora.rank:
+        return Reference(actor_model, adapters=True)
+    model = load_actor(actor_path, cfg.actor.model, trainable=False)
+    return Reference(shard(model, world, cfg.fsdp, cfg.actor.model.dtype, offload=cfg.fsdp.offload_reference), False)
+
+
+def _step_of(path: Path | None) -> int:
+    return int(path.name.rpartition("_")[2]) if path is not None else 0
+
+
+def _announce(run: Run, resume_from: Path | None, seconds: float) -> None:
+    cfg = run.cfg
+    batch = cfg.data.train_batch_size
+    run.records.run(
+        stage=cfg.stage, exp_name=cfg.trainer.exp_name, preset=cfg.preset, total_steps=run.progress.total_steps,
+        start_step=run.progress.step, critic_loss=cfg.critic.loss if run.maybe_critic is not None else None,
+        critic_warmup=cfg.trainer.critic_warmup, ppo_epochs=cfg.actor.ppo_epochs,
+        mini_batches=max(1, batch // (cfg.actor.ppo_mini_batch_size or batch)),
+        max_response_length=cfg.data.max_response_length, objective=cfg.actor.objective, rollout_n=cfg.rollout.n,
+        world_size=run.world.size, resumed=resume_from is not None, model=cfg.actor.model.path,
+        critic_values=cfg.critic.values, sampler=run.sampler.name if run.sampler is not None else None,
+        train_rows=len(run.train_data), val_rows=len(run.val_data) if run.val_data is not None else 0,
+        load_seconds=seconds,
+    )  # fmt: skip
+
+
+def close_run(run: Run) -> None:
+    """Shut the engine down; it takes the process group with it, so all ranks come here together."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+    if run.sampler is not None:
+        run.sampler.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tensors_of(run: Run) -> dict[str, Tensor]:
+    """Every model's weights by role and name, whole (collective): for tests and comparisons."""
+    from gadcli.engine.sync import full_tensors
+
+    roles = {"actor": run.actor.model} | ({"critic": run.critic.model} if run.maybe_critic is not None else {})
+    return {f"{role}/{name}": value for role, model in roles.items() for name, value in full_tensors(model)}

@@ -1,0 +1,114 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and status.json; rank 0 writes, every rank reduces."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gadcli.config.schema import GadConfig
+from gadcli.engine.dist import World
+from gadcli.engine.rows import Rollout
+from gadcli.metrics.record import MetricsWriter, write_status
+from gadcli.metrics.reduce import reduce_means
+from gadcli.metrics.sinks import TensorBoardSink, WandbSink
+from gadcli.train.steplog import StepLog
+
+if TYPE_CHECKING:
+    from gadcli.train.run import Run
+
+TRAIN_SAMPLE_EVERY = 1  # steps between training samples in samples.jsonl
+
+
+class Records:
+    """The sinks of one run. All methods may be called on every rank; only rank 0 has sinks."""
+
+    def __init__(self, cfg: GadConfig, run_dir: Path, world: World, start_step: int) -> None:
+        self.cfg, self.run_dir, self.world = cfg, run_dir, world
+        self.writer: MetricsWriter | None = None
+        self.sinks: list[TensorBoardSink | WandbSink] = []
+        text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
+        self.config_hash = hashlib.sha256(text.encode()).hexdigest()
+        if not world.is_main:
+            return
+        self.writer = MetricsWriter(run_dir, append=True)
+        if "tensorboard" in cfg.trainer.logger:
+            sink = TensorBoardSink(run_dir / "tensorboard", start_step + 1 if start_step else None)
+            sink.hparams(flat(dataclasses.asdict(cfg)))
+            self.sinks.append(sink)
+        if "wandb" in cfg.trainer.logger:
+            self.sinks.append(
+                WandbSink(run_dir, project="gad", name=cfg.trainer.exp_name, config=flat(dataclasses.asdict(cfg)),
+                          run_id=cfg.trainer.exp_name.replace("/", "-"))
+            )
+
+    def run(self, **info: Any) -> None:
+        if self.writer is not None:
+            self.writer.run(**info)
+
+    def status(self, phase: str, step: int, state: str = "running") -> None:
+        if self.world.is_main:
+            write_status(self.run_dir, state=state, stage=self.cfg.stage, step=step, phase=phase)
+
+    def step(self, log: StepLog, epoch: float) -> None:
+        """Reduce the step's means over ranks (collective) and write everything once."""
+        metrics = reduce_means(log.means) | log.values | log.timings()
+        if self.writer is not None:
+            self.writer.step(log.step, epoch, metrics)
+            for sink in self.sinks:
+                sink.scalars(log.step, metrics)
+
+    def eval(self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
+        if self.writer is None:
+            return
+        self.writer.eval(step, metrics)
+        self.writer.samples(step, "val", samples)
+        for sink in self.sinks:
+            sink.scalars(step, metrics)
+            sink.samples(step, samples[:4])
+
+    def train_sample(self, run: Run, rollout: Rollout | None, scores_PG: torch.Tensor | None) -> None:
+        """One rollout of the step, so that the dashboard shows what is being trained on, and histograms."""
+        if self.writer is None or rollout is None or scores_PG is None:
+            return
+        row, answer = rollout.rows[0], rollout.answers[0][0]
+        decode = run.tokenizer.decode
+        sample = {
+            "prompt": row.messages[-1]["content"],
+            "student": decode(answer.ids, skip_special_tokens=True),
+            "teacher": row.teacher,
+            "student_score": float(scores_PG[0, 0]),
+            "teacher_score": None,
+        }
+        self.writer.samples(run.progress.step, "train", [sample])
+        for sink in self.sinks:
+            if isinstance(sink, TensorBoardSink):
+                lengths = [float(n) for n in rollout.lengths]
+                sink.histograms(run.progress.step, {"scores/student": scores_PG.flatten().tolist(),
+                                                    "response_length": lengths})
+
+    def event(self, kind: str, message: str, level: str = "info", step: int | None = None, **more: Any) -> None:
+        if self.writer is not None:
+            self.writer.event(kind, message, level, step, **more)
+
+    def end(self, code: int, message: str) -> None:
+        if self.writer is not None:
+            self.writer.end(code, message)
+            self.writer.close()
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = []
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        out |= flat(value, name + ".") if isinstance(value, Mapping) else {name: value}
+    return out

@@ -1,0 +1,93 @@
+"""Checkpoints of a Run: what goes into one, and how a run comes back from one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from gadcli.engine.checkpoint import load_checkpoint, load_rng, save_checkpoint
+from gadcli.engine.dist import World
+from gadcli.engine.manifest import read_trainer
+from gadcli.engine.state import model_state, optimizer_state, rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from gadcli.train.run import Run
+
+
+def save(run: Run) -> None:
+    """Commit `global_step_N` with all that an exact resume needs. Once a step; collective."""
+    progress = run.progress
+    if progress.last_saved_step == progress.step or progress.step == 0:
+        return
+    run.records.status("save", progress.step)
+    start = time.monotonic()
+    roles = _roles(run)
+    progress.last_saved_step = progress.step
+    path = save_checkpoint(
+        run.run_dir,
+        progress.step,
+        stage=run.cfg.stage,
+        config_hash=run.records.config_hash,
+        models={name: model_state(role.model) for name, role in roles.items()},
+        optims={name: optimizer_state(role.model, role.optimizer) for name, role in roles.items()},
+        trainer=dataclasses.asdict(progress)
+        | {
+            "updates": {name: role.optimizer.updates for name, role in roles.items()},
+            "data_fingerprint": run.train_data.fingerprint,
+            "seed": run.cfg.trainer.seed,
+            "batch_size": run.cfg.data.train_batch_size,
+        },
+        rng=rng_state(run.world.device),
+        assets={name: _writer_of_assets(run, role.model) for name, role in roles.items()},
+        metrics=progress.last_eval,
+        keep_last=run.cfg.trainer.keep_last,
+        keep_best=run.cfg.trainer.keep_best,
+    )
+    seconds = time.monotonic() - start
+    run.records.event("save", f"saved {path.name} in {seconds:.1f} s", step=progress.step, seconds=seconds)
+
+
+def restore(run: Run, path: Path) -> None:
+    """Bring models, optimisers, progress and generators back to what `path` holds. Collective.
+
+    Whether data and settings are still the same is the parent's to judge, before anything is loaded.
+    """
+    trainer = read_trainer(path)
+    for name, role in _roles(run).items():
+        state = {"model": model_state(role.model), "optim": optimizer_state(role.model, role.optimizer)}
+        load_checkpoint(path, name, state)
+        role.optimizer.updates = int(trainer["updates"][name])
+    fields = {field.name for field in dataclasses.fields(run.progress)} - {"total_steps"}
+    for key in fields:
+        setattr(run.progress, key, trainer[key])
+    if (rng := load_rng(path)) is not None:
+        set_rng_state(rng, run.world.device)
+    run.records.event("resume", f"resumed from {path.name}", step=run.progress.step)
+
+
+def _roles(run: Run) -> dict[str, Any]:
+    return {"actor": run.actor} | ({"critic": run.maybe_critic} if run.maybe_critic is not None else {})
+
+
+def _writer_of_assets(run: Run, model: Any) -> Any:
+    def write(folder: Path) -> None:
+        model.config.save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def agree_on_checkpoint(path: Path | None, world: World) -> Path | None:
+    """Rank 0's choice, everywhere."""
+    if world.size == 1:
+        return path
+    box = [str(path) if path is not None else None]
+    dist.broadcast_object_list(box, src=0)
+    return Path(box[0]) if box[0] is not None else None

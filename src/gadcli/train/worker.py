@@ -1,0 +1,116 @@
+"""One rank of a run: `python -m gadcli.train.worker --run-dir DIR [--resume]`, started by the parent or by torchrun.
+
+Ends with a documented exit code, and leaves the same in `logs/rank_R.exit.json` for the parent to show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from gadcli.engine.environment import ENGINE_VARIABLES
+from gadcli.errors import ExitCode, GadError, ResourceError
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="gadcli.train.worker")
+    arguments.add_argument("--run-dir", type=Path, required=True)
+    arguments.add_argument("--resume", action="store_true")
+    options = arguments.parse_args()
+    for name, value in ENGINE_VARIABLES.items():  # before torch and vllm are imported
+        os.environ.setdefault(name, value)
+    code = guarded(options.run_dir, options.resume)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed; native libraries sometimes abort in their own teardown after that.
+    os._exit(code)
+
+
+def guarded(run_dir: Path, resume: bool) -> int:
+    """Train, and turn whatever happens into an exit code, a record and a line in the log."""
+    try:
+        number = train(run_dir, resume)
+    except GadError as error:
+        return _record(run_dir, int(error.exit_code), type(error).__name__, error.message, error.hint)
+    except KeyboardInterrupt:
+        return _record(run_dir, int(ExitCode.INTERRUPTED), "Interrupted", "interrupted while loading", None)
+    except BaseException as error:  # noqa: BLE001  the last boundary of this process: nothing may leave it unrecorded
+        traceback.print_exc()
+        known = _as_resource_error(error)
+        if known is not None:
+            return _record(run_dir, int(known.exit_code), "ResourceError", known.message, known.hint)
+        where = f"logs/rank_{_rank()}.log has the traceback"
+        return _record(run_dir, int(ExitCode.BUG), type(error).__name__, f"{type(error).__name__}: {error}", where)
+    code = 128 + number if number else 0
+    message = "interrupted; saved" if number else "done"
+    return _record(run_dir, code, "Interrupted" if number else "Done", message, "--resume goes on" if number else None)
+
+
+def train(run_dir: Path, resume: bool) -> int:
+    """Run the stage that DIR/config.yaml describes; returns the number of the signal that stopped it, else 0."""
+    from gadcli.config.resolve import load_resolved
+    from gadcli.engine.manifest import latest_valid
+
+    cfg = load_resolved(run_dir / "config.yaml")
+    skipped: list[str] = []
+    resume_from = latest_valid(run_dir, skipped.append) if resume and _rank() == 0 else None
+
+    from gadcli.train.adversarial import train_adversarial
+    from gadcli.train.build import build_run, close_run
+    from gadcli.train.seqkd import train_seqkd
+
+    run = build_run(cfg, run_dir, resume_from=resume_from)
+    for message in skipped:
+        run.records.event("resume", message, level="warn", step=run.progress.step)
+    ended = (int(ExitCode.BUG), "failed; see logs")
+    try:
+        if cfg.trainer.val_before_train and run.progress.step == 0:
+            run.evaluate()
+        (train_seqkd if cfg.stage == "seqkd" else train_adversarial)(run)
+        run.finish()
+        ended = (128 + run.stop.number, "interrupted; saved") if run.stop.number else (0, "done")
+    except GadError as error:
+        ended = (int(error.exit_code), error.message)
+        raise
+    finally:
+        run.records.end(*ended)
+        run.records.status("end", run.progress.step, state="done" if ended[0] == 0 else "failed")
+    close_run(run)
+    return run.stop.number
+
+
+def _as_resource_error(error: BaseException) -> ResourceError | None:
+    """Out of memory in any of its spellings, with the knobs that help; None for anything else."""
+    import torch
+
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    if not out_of_memory:
+        return None
+    return ResourceError(
+        f"out of memory: {str(error).splitlines()[0][:200]}",
+        "actor.micro_batch_tokens=… (halve it), actor.model.gradient_checkpointing=true, "
+        "rollout.gpu_memory_utilization=0.3 or rollout.kv_cache_gb=0.5",
+    )
+
+
+def _record(run_dir: Path, code: int, kind: str, message: str, hint: str | None) -> int:
+    if code:
+        print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr)
+    path = run_dir / "logs" / f"rank_{_rank()}.exit.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"code": code, "kind": kind, "message": message, "hint": hint}))
+    os.replace(temporary, path)
+    return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    main()
