@@ -40,7 +40,12 @@ def diagnose(history: History, facts: RunFacts, verdicts: Sequence[Verdict] = ()
                 limit = min(found[other].certainty, found[name].certainty - 0.1)
                 found[other] = replace(found[other], certainty=limit, advice=f"probably follows from {name}")
     covered = {e.metric for d in found.values() if d.level != "info" for e in d.evidence}
-    plain = [_plain(v) for v in verdicts if v.unhealthy and v.metric not in covered]
+    # Where a collapse is named, its group's lesser warnings are part of it.
+    groups = {METRICS[d.evidence[0].metric].group for d in found.values() if d.level == "bad" and d.certainty >= 0.75}
+    plain = [
+        _plain(v) for v in verdicts
+        if v.unhealthy and v.metric not in covered and not (v.level == "warn" and v.group in groups)
+    ]  # fmt: skip
     ranked = [*found.values(), *plain]
     return sorted(ranked, key=lambda d: (d.level != "info", d.certainty, _LEVELS[d.level]), reverse=True)
 
