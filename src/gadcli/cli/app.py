@@ -186,36 +186,53 @@ def report_bug(error: Exception, debug: bool) -> int:
     return int(ExitCode.BUG)
 
 
-def run(args: Sequence[str]) -> int:
-    """Run one command line; returns the exit code. The only place that catches errors."""
-    words = list(args)
-    end = words.index("--") if "--" in words else len(words)
-    debug = "--debug" in words[:end] or os.environ.get("GAD_DEBUG", "") not in ("", "0")
-    words = [word for i, word in enumerate(words) if word != "--debug" or i > end]
-    try:
-        code = typer.main.get_command(app).main(words, prog_name="gad", standalone_mode=False)
-        sys.stdout.flush()
-        return int(code) if isinstance(code, int) else int(ExitCode.OK)
-    except GadError as error:
-        return report(error, debug)
-    except typer.TyperException as error:  # a wrong command line
-        message = error.format_message()
-        if type(error).__name__ == "NoArgsIsHelpError":  # `gad` or `gad data` alone: the help is the message
-            print(message)
-            return int(ExitCode.USAGE)
+def report_usage(error: typer.TyperException) -> int:
+    """Print a wrong command line; `gad` or `gad data` alone gets its help."""
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+    else:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} -h" if context is not None else "gad -h"
         print("\n".join(error_lines(message, hint)), file=sys.stderr)
-        return int(ExitCode.USAGE)
+    return int(ExitCode.USAGE)
+
+
+def split_debug(args: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without `--debug`, which may stand anywhere before `--`, and whether it was there (or $GAD_DEBUG)."""
+    end = args.index("--") if "--" in args else len(args)
+    words = [word for index, word in enumerate(args) if word != "--debug" or index > end]
+    return words, len(words) < len(args) or os.environ.get("GAD_DEBUG", "") not in ("", "0")
+
+
+def dispatch(words: list[str], debug: bool) -> int:
+    """Run the command; GadErrors and wrong command lines are told on stderr, our bugs with where the traceback is."""
+    try:
+        code = typer.main.get_command(app).main(words, prog_name="gad", standalone_mode=False)
+        return int(code) if isinstance(code, int) else int(ExitCode.OK)
+    except GadError as error:
+        return report(error, debug)
+    except typer.TyperException as error:
+        return report_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001  the boundary
+        return report_bug(error, debug)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; returns the exit code. The only place that catches errors."""
+    try:
+        code = dispatch(*split_debug(args))
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # The reader (`| head`) left. Point stdout at nothing, so that the flush at exit is quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return int(ExitCode.INTERRUPTED)
-    except Exception as error:  # noqa: BLE001  the boundary
-        return report_bug(error, debug)
 
 
 def main() -> None:

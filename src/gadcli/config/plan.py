@@ -142,8 +142,8 @@ class Plan:
             dropped = f", {self.dropped:,} dropped" if self.dropped else ""
             left = f"; {steps.left_over:,} left over each epoch" if steps.left_over else ""
             yield (
-                "data",
-                f"{self.rows:,} rows kept{dropped}; {steps.per_epoch:,} steps an epoch of {batch_text(cfg)}{left}",
+                "rows",
+                f"{self.rows:,} kept{dropped}; {steps.per_epoch:,} steps an epoch of {batch_text(cfg)}{left}",
             )
             yield "steps", self._steps_text(steps)
         tokens = tokens_per_step(cfg)

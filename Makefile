@@ -1,0 +1,59 @@
+# `make demo` and `make test` work on a bare machine with Python 3.11+; both cost nothing to repeat.
+# Variables: PYTHON=python3.11  VENV=.venv  PYTORCH_INDEX=<where torch's CPU build is, if pip does not see it>
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PYTHON ?=
+PYTORCH_INDEX ?=
+ARGS ?=
+install = $(if $(PYTHON),PYTHON=$(PYTHON)) $(if $(PYTORCH_INDEX),PYTORCH_INDEX=$(PYTORCH_INDEX)) \
+	bash requirements/install.sh $(VENV)
+pytest = OMP_NUM_THREADS=1 $(PY) -m pytest -q
+
+.PHONY: help venv venv-test demo demo-quick test test-fast test-slow check format docs completions wheel clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: ## the environment to run gad in
+	@$(install) run
+
+venv-test: ## the same with the tools for development
+	@$(install) test
+
+demo: venv ## the three stages on the embedded default, with a before/after table (ARGS=--quick for a short one)
+	$(BIN)/gad demo $(ARGS)
+
+demo-quick: venv ## the demo in under three minutes
+	$(BIN)/gad demo --quick
+
+test: venv-test ## all tests
+	$(pytest) $(ARGS)
+
+test-fast: venv-test ## tests without the slow ones (real inference engines, many processes)
+	$(pytest) -m "not slow" $(ARGS)
+
+test-slow: venv-test ## only the slow ones
+	$(pytest) -m slow $(ARGS)
+
+check: venv-test ## style, types, import rules, drift of generated files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PY) docs/generate.py --check
+	$(pytest) tests/test_imports.py
+
+format: venv-test ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs completions: venv ## write docs/cli.md, docs/config.md, docs/metrics.md and completions/ anew
+	$(PY) docs/generate.py
+
+wheel: venv ## build a wheel into dist/
+	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps -w dist .
+
+clean: ## remove what can be made again (not runs/)
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

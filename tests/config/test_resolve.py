@@ -1,0 +1,280 @@
+"""Resolving a stage's configuration.
+
+Pins: precedence schema < preset < file < flags < KEY=VALUE, with an origin for every key; values typed by the schema
+and not by YAML's guesses; every error is exit 2 and says file:line, key and the nearest valid key; verl's spellings;
+`${oc.env:…}` for paths alone; config.yaml reads back to the same tree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gadcli.config.reading import nearest_key
+from gadcli.config.resolve import load_resolved, resolve
+from gadcli.config.schema import GadConfig
+from gadcli.config.tree import config_hash, differences, flatten, schema_leaves
+from gadcli.errors import ConfigError, ExitCode
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str, name: str = "my.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+def error_of(**arguments) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        resolve("gad", **arguments)
+    assert caught.value.exit_code == ExitCode.USAGE
+    return caught.value
+
+
+def test_without_anything_the_schema_speaks() -> None:
+    resolved = resolve("gad")
+    expected = GadConfig(stage="gad")
+    assert resolved.config == expected
+    assert set(resolved.origins.values()) == {"default"}
+
+
+def test_a_stage_implies_its_objective_and_critic() -> None:
+    # algorithm: seqkd is sft without a critic, warmup has 10 critic-only steps
+    assert resolve("seqkd").config.actor.objective == "sft"
+    assert resolve("seqkd").config.trainer.critic_warmup == -1
+    assert resolve("warmup").config.trainer.critic_warmup == 10
+
+
+def test_each_layer_goes_over_the_one_before_and_is_named_as_origin(write) -> None:
+    file = write("rollout:\n  n: 3\n  temperature: 0.5\n  top_p: 0.9\nactor:\n  ppo_epochs: 5\n")
+    resolved = resolve(
+        "gad", "chengla-8b", file, {"rollout.temperature": 0.6, "rollout.top_p": 0.8}, ["rollout.top_p=0.7"]
+    )
+    rollout = resolved.config.rollout
+    # preset n=8, T=.8; the file says 3, .5, .9; flags .6, .8; the word .7
+    assert (rollout.n, rollout.temperature, rollout.top_p) == (3, 0.6, 0.7)
+    assert resolved.origins["rollout.n"] == f"{file}:2"
+    assert resolved.origins["actor.ppo_epochs"] == f"{file}:6"
+    assert resolved.origins["rollout.temperature"] == "command line"
+    assert resolved.origins["data.train_batch_size"].startswith("presets/chengla-8b.yaml:")
+    assert resolved.origins["rollout.top_k"] == "default"
+
+
+def test_a_flag_that_was_not_given_sets_nothing() -> None:
+    assert resolve("gad", flags={"trainer.exp_name": None}).origins["trainer.exp_name"] == "default"
+
+
+@pytest.mark.parametrize("written", ["1e-6", "1E-06", "1.0e-6", "0.000001", ".000001"])
+def test_every_spelling_of_a_number_is_that_number(write, written: str) -> None:
+    # YAML 1.1 reads 1e-6 (no dot) as text; the schema says float
+    assert resolve("gad", config_file=write(f"actor:\n  optim:\n    lr: {written}\n")).config.actor.optim.lr == 1e-6
+    assert resolve("gad", overrides=[f"actor.optim.lr={written}"]).config.actor.optim.lr == 1e-6
+
+
+def test_a_quoted_number_is_refused_with_its_line(write) -> None:
+    file = write('actor:\n  optim:\n    lr: "1e-6"\n')
+    error = error_of(config_file=file)
+    assert f"{file}:3: actor.optim.lr" in error.message
+    assert error.hint == "write 1e-6 without quotes"
+
+
+def test_a_misspelt_key_names_the_nearest(write) -> None:
+    file = write("rollout:\n  tempratur: 1\n")
+    error = error_of(config_file=file)
+    assert error.message == f"{file}:2: unknown key rollout.tempratur"
+    assert error.hint == "did you mean rollout.temperature?"
+    assert nearest_key("critic.optm.lr") == "critic.optim.lr"
+    assert nearest_key("ppo_epochs") == "actor.ppo_epochs"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("actor:\n  ppo_epochs: 1\n  ppo_epochs: 2\n", 3, "actor.ppo_epochs"),
+        ("actor:\n  ppo_epochs: 1\nactor:\n  grad_clip: 1\n", 3, "actor"),
+        ("actor.ppo_epochs: 1\nactor:\n  ppo_epochs: 1\n", 3, "actor.ppo_epochs"),  # two spellings of one key
+    ],
+)
+def test_a_key_written_twice_is_refused(write, text: str, line: int, key: str) -> None:
+    file = write(text)
+    assert error_of(config_file=file).message.startswith(f"{file}:{line}: {key} is set twice")
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("rollout.n=0", "rollout.n is 0, but must be at least 1"),
+        ("rollout.n=1.5", "must be a whole number"),
+        ("rollout.n=", "must be a whole number"),
+        ("rollout.n=0x10", "must be a whole number"),
+        ("data.shuffle=yes", "must be true or false"),
+        ("actor.optim.lr=inf", "must be a number"),
+        ("actor.optim.lr=1e999", "must be finite"),
+        ("actor.optim.lr=2", "at most 1"),
+        ("critic.loss=finale", "must be one of original, v1, v2, v2_raw, final"),
+        ("actor.optim=1", "actor.optim is a section"),
+        ("rollout.n", "is not KEY=VALUE"),
+        ("stage=seqkd", "stage is not set by hand"),
+        ("trainer.exp_name=${oc.env:HOME}", "allowed in paths only"),
+        ("trainer.output_dir=${trainer.exp_name}", "only ${oc.env:NAME} is understood"),
+        ("actor.model.path=???", "is no value"),
+    ],
+)
+def test_a_bad_override_says_what_is_wrong(word: str, complaint: str) -> None:
+    assert complaint in error_of(overrides=[word]).message
+
+
+def test_a_close_choice_is_offered() -> None:
+    assert error_of(overrides=["critic.loss=finale"]).hint == "did you mean critic.loss=final?"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("actor: [\n", "not valid YAML"),
+        ("- 1\n", "`key: value` lines"),
+        ("actor: 3\n", "is a section, not a value"),
+        ("actor:\n  ppo_epochs: {a: 1}\n", "is a section, but must be a whole number"),
+        ("data:\n  train_files: [[a]]\n", "a list that holds more than texts"),
+        ("actor:\n  grad_clip: [1]\n", "is a list, but must be a number"),
+        ("<<: {a: 1}\n", "plain words"),
+        ("trainer:\n  exp_name: null\n", "is null"),
+    ],
+)
+def test_a_malformed_file_is_refused(write, text: str, complaint: str) -> None:
+    file = write(text)
+    message = error_of(config_file=file).message
+    assert complaint in message
+    assert message.startswith(f"{file}:")
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read" in error_of(config_file=tmp_path / "no.yaml").message
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in error_of(config_file=tmp_path / "b.yaml").message
+
+
+def test_words_that_yaml_takes_for_something_else_stay_text(write) -> None:
+    config = resolve("gad", config_file=write("trainer:\n  exp_name: 2024\n  output_dir: no\n")).config
+    assert (config.trainer.exp_name, config.trainer.output_dir) == ("2024", "no")
+
+
+def test_lists_come_as_brackets_or_as_one_word(write) -> None:
+    for word in ("data.train_files=[a.parquet, 'b c.parquet']", 'data.train_files=["a.parquet","b c.parquet"]'):
+        assert resolve("gad", overrides=[word]).config.data.train_files == ["a.parquet", "b c.parquet"]
+    assert resolve("gad", overrides=["data.train_files=*.parquet"]).config.data.train_files == ["*.parquet"]
+    assert resolve("gad", overrides=["data.train_files=[]"]).config.data.train_files == []
+    assert resolve("gad", config_file=write("data:\n  train_files: a\n")).config.data.train_files == ["a"]
+
+
+def test_verls_spellings_reach_our_keys(write) -> None:
+    words = [
+        "actor_rollout_ref.actor.optim.lr=2e-6",
+        "+actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.model.path=/m",
+        "trainer.experiment_name=e",
+    ]
+    config = resolve("gad", overrides=words).config
+    assert (config.actor.optim.lr, config.rollout.n) == (2e-6, 4)
+    assert (config.actor.model.path, config.trainer.exp_name) == ("/m", "e")
+    nested = "actor_rollout_ref:\n  actor:\n    ppo_epochs: 2\n  rollout:\n    n: 5\n  model:\n    path: /x\n"
+    config = resolve("gad", config_file=write(nested)).config
+    assert (config.actor.ppo_epochs, config.rollout.n, config.actor.model.path) == (2, 5, "/x")
+
+
+def test_the_environment_fills_paths_but_never_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_HOME", "/data")
+    monkeypatch.setenv("WANDB_API_KEY", "canary-3141")
+    monkeypatch.delenv("NOT_SET_AT_ALL", raising=False)
+    config = resolve("gad", overrides=["data.train_files=[${oc.env:DATA_HOME}/t.parquet]"]).config
+    assert config.data.train_files == ["/data/t.parquet"]
+    error = error_of(overrides=["trainer.output_dir=${oc.env:WANDB_API_KEY}"])
+    assert "looks like a secret" in error.message
+    assert "canary" not in error.message + str(error.hint)
+    assert (
+        "$NOT_SET_AT_ALL, which is not set" in error_of(overrides=["actor.model.path=${oc.env:NOT_SET_AT_ALL}"]).message
+    )
+
+
+def test_config_yaml_reads_back_to_the_same_tree(tmp_path: Path) -> None:
+    words = ["actor.optim.lr=1e-6", "data.train_files=[a b.parquet,'数据.parquet']", "trainer.exp_name=x: #y"]
+    resolved = resolve("warmup", "chengla-8b", overrides=words)
+    for with_origins in (True, False):
+        path = tmp_path / "config.yaml"
+        path.write_text(resolved.to_yaml(with_origins), encoding="utf-8")
+        assert load_resolved(path) == resolved.config
+    assert "lr: 1.0e-06  # command line" in resolved.to_yaml()
+    assert "# presets/chengla-8b.yaml:" in resolved.to_yaml()
+    assert "#" not in resolved.to_yaml(with_origins=False).replace("x: #y", "")
+
+
+def test_a_runs_config_is_taken_as_config_file_of_its_own_stage_only(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(resolve("warmup", "demo").to_yaml(), encoding="utf-8")
+    assert resolve("warmup", config_file=path).config.rollout == resolve("warmup", "demo").config.rollout
+    with pytest.raises(ConfigError, match="of stage warmup, not gad"):
+        resolve("gad", config_file=path)
+
+
+scalars = st.one_of(
+    st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=30),
+    st.sampled_from(
+        ["", "null", "~", "1e-6", "yes", "[a]", "{b: 1}", "'q'", '"', "# c", "a: b", "- x", "*a", "&a", "%", "@"]
+    ),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=scalars, files=st.lists(scalars.filter(lambda text: "${" not in text and text != "???"), max_size=3))
+def test_any_text_survives_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, name: str, files: list[str]
+) -> None:
+    config = GadConfig()
+    config.trainer.exp_name = "run-" + name.replace("${", "")
+    config.data.train_files = files
+    from gadcli.config.resolve import dump_yaml
+
+    path = tmp_path_factory.mktemp("round") / "config.yaml"
+    path.write_text(dump_yaml(config, {}), encoding="utf-8")
+    assert load_resolved(path) == config
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=60))
+def test_no_text_as_a_file_or_a_word_does_more_than_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "f.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    for arguments in ({"config_file": path}, {"overrides": [text]}, {"overrides": [f"rollout.n={text}"]}):
+        try:
+            resolve("gad", **arguments)
+        except ConfigError as error:
+            assert error.message  # noqa: PT017
+
+
+def test_neutral_keys_do_not_change_the_experiment() -> None:
+    base = resolve("gad", "chengla-8b")
+    same = resolve(
+        "gad", "chengla-8b", overrides=["trainer.save_freq=7", "trainer.exp_name=other", "trainer.total_steps=9"]
+    )
+    other = resolve("gad", "chengla-8b", overrides=["trainer.seed=2"])
+    assert config_hash(base.config) == config_hash(same.config)
+    assert config_hash(base.config) != config_hash(other.config)
+    assert differences(base.config, other.config) == [("trainer.seed", 1, 2)]
+
+
+def test_every_key_has_a_meaning_and_a_legal_default() -> None:
+    for leaf in schema_leaves().values():
+        assert leaf.doc.strip(), leaf.key
+        assert not leaf.choices or leaf.default in leaf.choices, leaf.key
+        if isinstance(leaf.default, (int, float)) and not isinstance(leaf.default, bool):
+            assert leaf.min is None or leaf.default >= leaf.min, leaf.key
+            assert leaf.max is None or leaf.default <= leaf.max, leaf.key
+    assert list(schema_leaves()) == list(flatten(GadConfig()))
