@@ -51,3 +51,13 @@ def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="not a GGUF file"):
         convert_gguf(wrong, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
+
+
+def test_a_broken_package_file_is_a_data_error_from_the_converting_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model")
+    monkeypatch.setattr(smollm, "demo_gguf", lambda: broken)
+    with pytest.raises(DataError, match="is not a GGUF file"):
+        smollm.ensure_demo_model(tmp_path / "cache")
