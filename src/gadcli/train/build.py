@@ -65,11 +65,11 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     return run
 
 
-def _resolve_together(path: str, world: World) -> str:
+def _resolve_together(path: str, world: World, role: str = "actor") -> str:
     """The Hugging Face folder behind `path`; rank 0 converts, the others then find it done."""
     if not world.is_main:
         dist.barrier()
-    folder = str(resolve_model(path))
+    folder = str(resolve_model(path, role=role))
     if world.is_main and world.size > 1:
         dist.barrier()
     return folder
@@ -94,7 +94,7 @@ def _actor_updates(cfg: GadConfig, progress: Progress) -> int:
 def _build_critic(cfg: GadConfig, actor_path: str, world: World, progress: Progress, records: Records) -> Critic | None:
     if cfg.trainer.critic_warmup < 0:
         return None
-    path = _resolve_together(cfg.critic.model.path, world) if cfg.critic.model.path else actor_path
+    path = _resolve_together(cfg.critic.model.path, world, "critic") if cfg.critic.model.path else actor_path
     loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed)
     if loaded.fresh_head and cfg.stage == "gad":
         records.event("note", f"{path} has no scalar head: an untrained discriminator's scores are noise; "

@@ -192,7 +192,8 @@ def attempts(prepared: Prepared, request: StageRequest) -> Outcome:
         run_dir, prepared.nproc, config.trainer.nnodes, request.node_rank or 0, request.rdzv_endpoint, request.resume,
         config.fsdp.timeout_s, request.max_restarts, request.worker_module,
     )  # fmt: skip
-    display = make_display(run_dir, as_json=request.as_json, quiet=request.quiet)
+    quiet = request.quiet or bool(request.node_rank)  # one machine's picture is enough
+    display = make_display(run_dir, as_json=request.as_json, quiet=quiet)
     tensorboard = tensorboard_of(config, run_dir, request) if not request.node_rank else None
     outcome = supervise(spec, display, tensorboard)
     left = request.max_restarts if spec.nnodes == 1 else 0  # on several machines torch's launcher restarts

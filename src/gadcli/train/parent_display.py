@@ -105,12 +105,14 @@ class PlainDisplay(Display):
         self._tail = RecordTail(run_dir)
         self._phase = ""
         self._stepped = False
+        self._total: int | None = None
 
     def tick(self) -> None:
         for line in self._tail.lines():
             record = read_record(line)
             self._stepped = self._stepped or record.get("type") == "step"
-            if text := plain_record(record):
+            self._total = record.get("total_steps", self._total)
+            if text := plain_record(record, self._total):
                 say(sys.stdout, text)
         self._show_start()
 
@@ -137,12 +139,16 @@ class LiveDisplay(Display):
         self._muted = False
 
     def start(self) -> None:
-        from gadcli import dashboard
+        from gadcli.dashboard import live
 
         self._thread = threading.Thread(
-            target=dashboard.live, args=(self.run_dir, self._over.is_set), name="dashboard", daemon=True
-        )
+            target=live, args=(self.run_dir, self._over.is_set), kwargs={"notice": self._latest_notice},
+            name="dashboard", daemon=True,
+        )  # fmt: skip
         self._thread.start()
+
+    def _latest_notice(self) -> str:
+        return self._held[-1] if self._held else ""
 
     def tick(self) -> None:
         if self._plain is None and self._thread is not None and not self._thread.is_alive() and not self._muted:
@@ -153,7 +159,7 @@ class LiveDisplay(Display):
 
     def notice(self, text: str) -> None:
         if self._thread is not None and self._thread.is_alive() and not self._over.is_set():
-            self._held.append(text)  # would tear the picture
+            self._held.append(text)  # the picture shows the last; all of them follow when it is gone
         else:
             super().notice(text)
 
@@ -184,12 +190,16 @@ def read_record(line: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def plain_record(record: dict[str, Any]) -> str:
+def plain_record(record: dict[str, Any], total_steps: int | None) -> str:
     """One record as one line; empty for those that need none."""
+    from gadcli.dashboard import plain_line
+
     kind = record.get("type")
-    if kind in ("step", "eval"):
+    if kind == "step":
+        return plain_line(record, total_steps)
+    if kind == "eval":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items() if value is not None)
-        return f"step {record['step']}  {'eval  ' if kind == 'eval' else ''}{numbers}"
+        return f"step {record['step']}  eval  {numbers}"
     if kind == "event":
         level = "" if record.get("level") == "info" else f"{record.get('level')}: "
         return f"step {record.get('step')}  {record.get('kind')}  {level}{record.get('message')}"

@@ -192,10 +192,14 @@ def inherited(before: StageState, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> Path:
     """What a finished stage leaves to the next; CheckpointError when there is nothing whole."""
-    found = latest_valid(folder, lambda line: say(sys.stderr, f"warning: {line}"), deep=False)
+    found = latest_valid(folder, warn, deep=False)
     if found is None:
         raise CheckpointError(f"{folder}: the stage ended without a checkpoint", f"see {folder / 'logs'}")
     return found
+
+
+def warn(line: str) -> None:
+    say(sys.stderr, f"warning: {line}")
 
 
 def dry_run(request: StageRequest, whole: WholeRun) -> int:

@@ -12,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from gadcli.engine.environment import ENGINE_VARIABLES
+from gadcli.engine.environment import engine_variables
 from gadcli.errors import ExitCode, GadError, ResourceError
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     arguments.add_argument("--run-dir", type=Path, required=True)
     arguments.add_argument("--resume", action="store_true")
     options = arguments.parse_args()
-    for name, value in ENGINE_VARIABLES.items():  # before torch and vllm are imported
+    for name, value in engine_variables().items():  # before torch and vllm are imported
         os.environ.setdefault(name, value)
     code = guarded(options.run_dir, options.resume)
     sys.stdout.flush()
