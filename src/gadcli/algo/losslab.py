@@ -108,11 +108,12 @@ def stored(spec: LossSpec, t_raw: Sequence[float], s_raw: Sequence[float], t_len
            s_len: Sequence[float]) -> Stored:  # fmt: skip
     """The loss over N stored pairs of raw scores and response lengths (tokens)."""
     t, s, lt, ls = (torch.tensor(x, dtype=torch.float64) for x in (t_raw, s_raw, t_len, s_len))
+    lt, ls = lt.clamp(min=1), ls.clamp(min=1)  # as scores.py does for an empty answer
     t.requires_grad_(), s.requires_grad_()
     loss = spec(t, s, lt, ls)
     grad_t, grad_s = torch.autograd.grad(loss.sum(), (t, s))
     with torch.no_grad():
-        norm_gap = (t / lt.clamp(min=1) - s / ls.clamp(min=1)).mean().item()
+        norm_gap = (t / lt - s / ls).mean().item()
         wins = (t > s).double() + 0.5 * (t == s).double()
         return Stored(len(t_raw), loss.mean().item(), torch.hypot(grad_t, grad_s).mean().item(),
                       (t - s).mean().item(), norm_gap, wins.mean().item())  # fmt: skip
