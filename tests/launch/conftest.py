@@ -22,7 +22,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def starter(
         does: str, nproc: int = 1, timeout_s: float = 600.0, display: str = "json", more: tuple[str, ...] = ()
     ) -> Parent:
-        env = {**os.environ, "PYTHONPATH": f"{SOURCE}:{HERE}", "SMALL_WORKER": does, "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{SOURCE}:{HERE}",
+            "SMALL_WORKER": does,
+            "OMP_NUM_THREADS": "1",
+        }
         words = [sys.executable, str(HERE / "parent_process.py"), str(tmp_path), str(nproc), str(timeout_s), display]
         process = subprocess.Popen(
             [*words, *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -6,6 +6,7 @@ Workers live in sessions of their own, so that a Ctrl-C reaches them through the
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -76,6 +77,8 @@ class Supervisor:
         self._liveness = Liveness(spec.run_dir, spec.timeout_s)
         self._kill_at: float | None = None
         self._dumped = False
+        self._nodes = NodeBoard(spec) if spec.nnodes > 1 else None
+        self._other_node: int | None = None  # another machine that gave up first
 
     @property
     def tie(self) -> dict[str, str]:
@@ -92,7 +95,8 @@ class Supervisor:
         self._start_guard()
         env = environment.base_env(self.spec.nproc, one_node=self.spec.nnodes == 1)
         env |= {**self.spec.env, **self.tie}
-        if self.spec.nnodes > 1:
+        if self._nodes is not None:
+            self._nodes.begin()
             del env[lifetime.PARENT_VARIABLE]  # the workers' parent will be torch's launcher
             self.workers.append(Worker(self.spec.node_rank * self.spec.nproc, self._start_agent(env)))
             return
@@ -152,6 +156,9 @@ class Supervisor:
         alive = [worker for worker in self.workers if worker.end is None]
         if alive and self._kill_at is None:
             self._check_frozen(alive)
+        if alive and self._kill_at is None and self._nodes is not None:
+            self._other_node = self._nodes.failed_elsewhere()
+            self._kill_at = time.monotonic() + PEER_GRACE_S if self._other_node is not None else None
         if alive and self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._kill(alive)
         return bool(alive)
@@ -168,7 +175,10 @@ class Supervisor:
         self._kill_at = time.monotonic() + grace
 
     def _check_frozen(self, alive: list[Worker]) -> None:
-        self.lost = self._liveness.check({worker.rank: worker.process.pid for worker in alive})
+        pids = {worker.rank: worker.process.pid for worker in alive}
+        if self._nodes is not None:
+            pids = {rank_of(pid): pid for pid in children_of(alive[0].process.pid)}
+        self.lost = self._liveness.check(pids)
         if self.lost is not None:
             self._kill_at = time.monotonic()
 
@@ -235,10 +245,14 @@ class Supervisor:
             ends = self._ends_behind_agent()
         else:
             ends = [worker.end for worker in self.workers if worker.end is not None]
-        return judge(ends, self.spec.logs, self.stop, self.lost, oom_kills() > self._oom_before)
+        outcome = judge(ends, self.spec.logs, self.stop, self.lost, oom_kills() > self._oom_before)
+        if self._nodes is not None:
+            self._nodes.end(outcome.code)
+        return outcome
 
     def _ends_behind_agent(self) -> list[RankEnd]:
-        """Behind torch's launcher the workers' records tell the ends; its own status only when there are none."""
+        """Behind torch's launcher the workers' records tell the ends. A launcher that failed although no worker left
+        a word of failure has lost one: a worker that can still speak does."""
         ends = []
         for path in sorted(self.spec.logs.glob("rank_*.exit.json")):
             record = read_record(path)
@@ -246,14 +260,13 @@ class Supervisor:
                 rank = int(path.name.removeprefix("rank_").removesuffix(".exit.json"))
                 ends.append(RankEnd(rank, record["code"], path.stat().st_mtime, record=record))
         agent = self.workers[0].end
-        if agent is not None and not ends:
-            return [agent]
-        if agent is not None and agent.failed and not any(end.failed for end in ends):
-            # torch's launcher ends with 1 when a worker was killed, or with 143 when it was told to stop.
-            code = int(ExitCode.PEERS)
-            record = {"code": code, "message": "a rank was lost", "hint": RESUME_HINT}
-            if not self.stop.number:
-                ends.append(RankEnd(agent.rank, code, agent.when, agent.ours, record))
+        stopped = any(end.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED) for end in ends)
+        if agent is not None and agent.failed and not stopped and not any(end.failed for end in ends):
+            node = self.spec.node_rank
+            where = f"machine {self._other_node} lost" if self._other_node is not None else f"machine {node} has lost"
+            record = {"code": int(ExitCode.PEERS), "message": f"{where} a process; the others were stopped",
+                      "hint": f"{RESUME_HINT}; {self.spec.logs}/node_{node}.log has the launcher's words"}  # fmt: skip
+            ends.append(RankEnd(node * self.spec.nproc, agent.status, agent.when, agent.ours, record))
         return ends
 
     def _release_guard(self) -> None:
@@ -263,6 +276,57 @@ class Supervisor:
             pipe.write(guard.RELEASE)
         self._guard.wait()
         self._guard = None
+
+
+class NodeBoard:
+    """How the parents of one run on several machines learn of each other's failure: files in the shared folder.
+
+    Torch's launcher on one machine does not end when another's has failed, and a worker whose peer is gone may wait
+    for its time limit. Times are the file system's, so clocks need not agree.
+    """
+
+    CHECK_EVERY_S = 1.0
+
+    def __init__(self, spec: LaunchSpec) -> None:
+        self._spec = spec
+        self._began = 0.0
+        self._checked = 0.0
+
+    def _path(self, node: int) -> Path:
+        return self._spec.logs / f"node_{node}.exit.json"
+
+    def begin(self) -> None:
+        """Take down what this machine's last launch had written."""
+        own = self._path(self._spec.node_rank)
+        own.write_text("{}")
+        self._began = own.stat().st_mtime
+        own.unlink()
+
+    def end(self, code: int) -> None:
+        """Tell the others how this machine's share ended."""
+        self._path(self._spec.node_rank).write_text(json.dumps({"code": code}))
+
+    def failed_elsewhere(self) -> int | None:
+        """Another machine whose share failed since we began."""
+        if time.monotonic() - self._checked < self.CHECK_EVERY_S:
+            return None
+        self._checked = time.monotonic()
+        for node in range(self._spec.nnodes):
+            record = read_record(self._path(node))
+            if node == self._spec.node_rank or record is None or self._path(node).stat().st_mtime < self._began:
+                continue
+            if record["code"] not in (ExitCode.OK, ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+                return node
+        return None
+
+
+def rank_of(pid: int) -> int:
+    """The RANK in a process's environment; -1 where it has none (any more)."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return -1
+    return next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), -1)
 
 
 def children_of(pid: int) -> list[int]:

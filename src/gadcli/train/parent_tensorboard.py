@@ -108,6 +108,7 @@ class TensorBoard:
         """End it by its own pid, unless it is to be kept."""
         if self.process is None or self.keep:
             return
+        self._told = True
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self.process.poll() is None:
                 self.process.send_signal(number)
