@@ -49,8 +49,10 @@ from gadcli.engine.manifest import (
     TRAINER_STATE,
     FileEntry,
     Manifest,
+    check_disk,
     fsync_path,
     hash_file,
+    human_bytes,
     read_manifest,
     step_folder,
     verify,
@@ -138,26 +140,6 @@ def _local_bytes(tree: Any, rank: int) -> int:
     return 0
 
 
-def human_bytes(count: int) -> str:
-    """1234567 -> '1.2 MB' (powers of 1000, as `df -H` and disk makers count)."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def check_disk(folder: Path, need: int, what: str) -> None:
-    """ResourceError (exit 6) 'need X, have Y' unless `folder`'s file system has `need` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise ResourceError(
-            f"disk full: {what} in {folder}: need {human_bytes(need)}, have {human_bytes(free)}",
-            "free some space or move the output (trainer.output_dir=…); checkpoints already committed are intact",
-        )
-
-
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -220,7 +202,10 @@ def _prepare(run_dir: Path, final: Path, folder: Path, need: int) -> None:
     if final.exists():
         raise CheckpointError(f"{final} exists: a checkpoint is never overwritten", "resume it, or move it away")
     remove_leftovers(run_dir)
-    check_disk(run_dir, need, f"checkpoint {final.name}")
+    check_disk(
+        run_dir, need, f"checkpoint {final.name}",
+        "free some space or move the output (trainer.output_dir=…); checkpoints already committed are intact",
+    )  # fmt: skip
     folder.mkdir()
 
 

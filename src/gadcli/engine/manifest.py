@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gadcli.errors import CheckpointError
+from gadcli.errors import CheckpointError, ResourceError
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
@@ -72,6 +73,23 @@ def hash_file(path: Path) -> FileEntry:
             digest.update(view[:count])
             size += count
     return FileEntry(size, digest.hexdigest())
+
+
+def human_bytes(count: int) -> str:
+    """1234567 -> '1.2 MB' (powers of 1000, as `df -H` and disk makers count)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def check_disk(folder: Path, need: int, what: str, hint: str) -> None:
+    """ResourceError (exit 6) 'need X, have Y' unless `folder`'s file system has `need` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ResourceError(f"disk full: {what} in {folder}: need {human_bytes(need)}, have {human_bytes(free)}", hint)
 
 
 def fsync_path(path: Path) -> None:

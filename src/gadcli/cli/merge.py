@@ -1,0 +1,203 @@
+"""`gad merge`: checkpoint shards (ours or verl's) to a Hugging Face folder that vLLM and transformers load."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gadcli.merge.to_huggingface import MergeOptions, MergeReport
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPES = {
+    "fp32": "float32",
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+}
+EXIT_TERMINATED = 143
+
+
+def main(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="global_step_N/actor, global_step_N (both models), or a run's folder (its newest step)."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="New folder to write.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", "--hf-model-path", metavar="MODEL", help="Where config and tokenizer come from if absent."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; without it each tensor keeps its own.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file.")
+    ] = "5GB",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the checks of shards, names and bytes.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also load the result with transformers and compare logits (small models).")
+    ] = False,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Write a LoRA run as a peft adapter folder, not fused.")
+    ] = False,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora-alpha", metavar="A", help="LoRA's alpha, where it is not recorded.")
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Take DCP shards that have no manifest of gad.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be written and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    backend: Annotated[str | None, typer.Option("--backend", help="As in verl's merger: only fsdp.")] = None,
+    local_dir: Annotated[Path | None, typer.Option("--local-dir", help="As in verl's merger: CHECKPOINT.")] = None,
+    target_dir: Annotated[Path | None, typer.Option("--target-dir", help="As in verl's merger: -o.")] = None,
+) -> None:
+    """Checkpoint shards to Hugging Face safetensors, verified.
+
+    Works for gad's checkpoints at any world size and for verl's FSDP1 and FSDP2 rank files. Streams: memory does not
+    grow with the model. Nothing appears at DIR unless all of it was written and read back.
+    """
+    from gadcli.errors import ConfigError
+
+    if backend not in (None, "fsdp"):
+        raise ConfigError(f"--backend {backend}: only fsdp checkpoints are read", "use verl's own merger for megatron")
+    source, target = _one("CHECKPOINT", checkpoint, local_dir), _one("-o DIR", out, target_dir)
+    _end_cleanly_on_sigterm()
+    from gadcli.merge.to_huggingface import MergeOptions
+
+    options = MergeOptions(
+        base=_base_folder(base), base_name=base or "", dtype=_DTYPES.get(dtype or "", dtype),
+        max_shard_bytes=parse_size(max_shard_size), verify=not no_verify, probe=probe, keep_adapter=keep_adapter,
+        trust=trust_checkpoint, lora_alpha=lora_alpha,
+    )  # fmt: skip
+    started = time.monotonic()
+    reports = _merge(source, target, options, dry_run, quiet)
+    _print(reports, time.monotonic() - started, dry_run, as_json)
+
+
+def _merge(source: Path, target: Path, options: MergeOptions, dry_run: bool, quiet: bool) -> list[MergeReport]:
+    from gadcli.merge.pick import models_in
+    from gadcli.merge.to_huggingface import merge_models
+
+    progress = ProgressLine(sys.stderr, enabled=not quiet)
+    try:
+        return merge_models(models_in(source, _say), target, options, dry_run=dry_run, progress=progress)
+    finally:
+        progress.close()
+
+
+def _one(what: str, new: Path | None, old: Path | None) -> Path:
+    from gadcli.errors import ConfigError
+
+    if (new is None) == (old is None):
+        said = "missing" if new is None else "given twice"
+        raise ConfigError(f"{what} is {said}", "gad merge runs/NAME/global_step_N/actor -o DIR")
+    chosen = new if new is not None else old
+    assert chosen is not None
+    return chosen
+
+
+def _base_folder(base: str | None) -> Path | None:
+    """The folder of --base; a hub name is looked up (and fetched if need be)."""
+    if base is None:
+        return None
+    from gadcli.merge.resolve_model import resolve_model
+
+    folder = Path(base).expanduser()
+    return folder if (folder / "config.json").is_file() else resolve_model(base)
+
+
+def parse_size(text: str) -> int:
+    """'5GB', '500 MB', '2GiB' or a plain number as bytes. Raises ConfigError."""
+    from gadcli.errors import ConfigError
+
+    digits = text.strip().rstrip("BbKkMmGgTtIi ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ConfigError(f"--max-shard-size {text!r}: not a size", "--max-shard-size 5GB") from error
+
+
+def _end_cleanly_on_sigterm() -> None:
+    """SIGTERM unwinds like Ctrl-C does, so that the temporary folder goes."""
+    import signal
+
+    def leave(_signal: int, _frame: Any) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class ProgressLine:
+    """One line on a terminal, redrawn: phase, share, bytes, speed, time left. Silent where there is no terminal."""
+
+    def __init__(self, stream: Any, *, enabled: bool) -> None:
+        self._stream = stream
+        self._enabled = enabled and stream.isatty()
+        self._phase, self._started, self._drawn = "", 0.0, 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._started, self._drawn = phase, now, 0.0
+        if now - self._drawn < 0.1 and done < total:
+            return
+        from gadcli.engine.manifest import human_bytes
+
+        self._drawn = now
+        speed = done / max(now - self._started, 1e-3)
+        left = (total - done) / max(speed, 1.0)
+        share = 100 * done // max(total, 1)
+        sizes = f"{human_bytes(done)} of {human_bytes(total)}  {human_bytes(int(speed))}/s"
+        text = f"{phase} {share:3d} %  {sizes}  {left:.0f} s left"
+        self._stream.write(f"\r\x1b[K{text}")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Removes the line."""
+        if self._enabled and self._phase:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+
+def _print(reports: list[MergeReport], seconds: float, dry_run: bool, as_json: bool) -> None:
+    from gadcli.engine.manifest import human_bytes
+
+    for report in reports:
+        for note in report.notes:
+            _say(f"note: {report.out.name}: {note}")
+    if as_json:
+        import json
+
+        rows = [
+            {"out": str(r.out), "files": r.files, "tensors": r.tensors, "bytes": r.nbytes, "notes": r.notes,
+             "verified": r.verified, "written": not dry_run}
+            for r in reports
+        ]  # fmt: skip
+        print(json.dumps({"models": rows, "seconds": round(seconds, 3)}))
+        return
+    for report in reports:
+        if dry_run:
+            print(f"would write {report.out}/")
+            for name, size in sorted(report.files.items()):
+                print(f"  {human_bytes(size):>10}  {name}")
+        else:
+            checks = f"; verified: {', '.join(report.verified)}" if report.verified else "; not verified"
+            print(f"{report.out}: {report.tensors} tensors, {human_bytes(report.nbytes)} in {seconds:.1f} s{checks}")

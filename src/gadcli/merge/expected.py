@@ -1,0 +1,103 @@
+"""Which tensors a model of a given config must have, with shapes: computed for the common families, no torch.
+
+Llama, Mistral, Qwen2 and Qwen3 are spelled out here (a test compares them with transformers' own meta-device models);
+any other family is asked of transformers on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gadcli.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def expected_shapes(config: Mapping[str, Any], *, critic: bool) -> Shapes:
+    """Name -> shape of every tensor the output must hold; the tied head is left out."""
+    if config.get("model_type") in FAMILIES:
+        return _decoder(config, critic)
+    return _from_transformers(config, critic)
+
+
+def _decoder(config: Mapping[str, Any], critic: bool) -> Shapes:
+    try:
+        kind = config["model_type"]
+        hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+        heads, inner = config["num_attention_heads"], config["intermediate_size"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        default = 128 if kind == "qwen3" else hidden // heads
+        head_dim = config.get("head_dim") or default
+    except KeyError as error:
+        raise CheckpointError(
+            f"config.json has no {error.args[0]}", "give the model's own config with --base"
+        ) from error
+    attention_bias = bool(config.get("attention_bias", False)) and kind != "mistral"
+    qkv_bias = kind == "qwen2" or attention_bias
+    out_bias = attention_bias and kind != "qwen2"
+    mlp_bias = bool(config.get("mlp_bias", False)) and kind == "llama"
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        linears = [
+            ("self_attn.q_proj", heads * head_dim, hidden, qkv_bias),
+            ("self_attn.k_proj", kv_heads * head_dim, hidden, qkv_bias),
+            ("self_attn.v_proj", kv_heads * head_dim, hidden, qkv_bias),
+            ("self_attn.o_proj", hidden, heads * head_dim, out_bias),
+            ("mlp.gate_proj", inner, hidden, mlp_bias),
+            ("mlp.up_proj", inner, hidden, mlp_bias),
+            ("mlp.down_proj", hidden, inner, mlp_bias),
+        ]
+        for name, rows, columns, bias in linears:
+            shapes[f"{at}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{at}{name}.bias"] = (rows,)
+        shapes[f"{at}input_layernorm.weight"] = (hidden,)
+        shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
+        if kind == "qwen3":
+            shapes[f"{at}self_attn.q_norm.weight"] = (head_dim,)
+            shapes[f"{at}self_attn.k_norm.weight"] = (head_dim,)
+    if critic:
+        shapes["score.weight"] = (1, hidden)
+        shapes["score.bias"] = (1,)
+    elif not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _from_transformers(config: Mapping[str, Any], critic: bool) -> Shapes:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+    values = {k: v for k, v in config.items() if k not in ("model_type", "auto_map")}
+    try:
+        parsed = AutoConfig.for_model(config.get("model_type", ""), **values)
+        with torch.device("meta"):
+            model = (AutoModelForTokenClassification if critic else AutoModelForCausalLM).from_config(parsed)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers knows no model of type {config.get('model_type')!r} like this: {str(error)[:100]}",
+            "--no-verify skips the check of names",
+        ) from error
+    state = model.state_dict()
+    tied = set() if critic or not config.get("tie_word_embeddings") else {"lm_head.weight"}
+    return {name: tuple(value.shape) for name, value in state.items() if name not in tied}
+
+
+def compare(found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:
+    """CheckpointError listing missing, unexpected and misshapen tensors; None if all fit."""
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys())
+    shaped = sorted(n for n in wanted.keys() & found.keys() if tuple(found[n]) != wanted[n])
+    parts = [
+        f"{len(names)} {kind} ({names[0]}{' …' if len(names) > 1 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
+        if names
+    ]
+    if parts:
+        raise CheckpointError(
+            f"the tensors do not fit the config: {', '.join(parts)}",
+            "is --base the model this was trained from? --no-verify writes it anyway",
+        )
