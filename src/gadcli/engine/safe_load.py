@@ -72,11 +72,18 @@ class Inert:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        self.state = _attributes(state)
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute of a pickled object whose state is a dict."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
+
+
+def _attributes(state: Any) -> Any:
+    """Pickled attributes as one dict: classes with slots store (dict or None, dict or None)."""
+    if isinstance(state, tuple) and len(state) == 2 and all(part is None or isinstance(part, dict) for part in state):
+        return (state[0] or {}) | (state[1] or {})
+    return state
 
 
 def inert(name: str) -> type[Inert]:
@@ -238,22 +245,28 @@ def _rebuild_wrapper(cls: type[Inert], dtype: str, shape: Any, *_: Any) -> Wrapp
 
 
 def _rebuild_from_type(func: Callable[..., Any], cls: type[Inert], args: tuple[Any, ...], state: Any) -> Any:
-    if func is not _rebuild_wrapper:
-        raise ValueError("not a wrapped tensor")
-    made = func(*args)
-    return Wrapped(made.kind, made.dtype, made.shape, state)
+    if func is _rebuild_wrapper:
+        made = _rebuild_wrapper(*args)
+        return Wrapped(made.kind, made.dtype, made.shape, _attributes(state))
+    if func in (_rebuild_v2, _rebuild_v3):  # a plain tensor with Python attributes (FSDP1 leaves some): only the data
+        return func(*args)
+    raise ValueError("a tensor of an unknown kind")
+
+
+class _Dict(dict[Any, Any]):
+    """OrderedDict's stand-in; state dicts carry a `_metadata` attribute, which a plain dict would refuse."""
 
 
 _TENSOR_NAMES: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     ("torch._utils", "_rebuild_wrapper_subclass"): _rebuild_wrapper,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch.serialization", "_get_layout"): lambda name: name,
     ("torch", "Size"): tuple,
     ("torch", "device"): lambda *args: args,
-    ("collections", "OrderedDict"): lambda *args: dict(*args),
 }
 # DTensor, its spec, placements and mesh: every torch release moves or adds some, so whole modules become stand-ins.
 _TENSOR_MODULES = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed.device_mesh",
@@ -262,6 +275,10 @@ _TENSOR_MODULES = ("torch.distributed.tensor", "torch.distributed._tensor", "tor
 
 def resolve_tensor_name(module: str, name: str) -> Any:
     """The stand-in for a name inside a torch-saved file of tensors; None if it does not belong there."""
+    if (module, name) == ("collections", "OrderedDict"):
+        return type("OrderedDict", (_Dict,), {})
+    if (module, name) in (("torch", "Tensor"), ("torch.nn.parameter", "Parameter")):
+        return inert(name)
     known = _TENSOR_NAMES.get((module, name))
     if known is not None:
         return known
