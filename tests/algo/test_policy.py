@@ -320,7 +320,7 @@ def test_an_absurd_ratio_stays_finite_in_value_and_gradient() -> None:
 def test_zero_advantages_give_no_gradient_and_no_clips() -> None:
     logp, old, _, mask = batch()
     for mode in schema.POLICY_LOSSES:
-        leaf = logp.clone().requires_grad_()
+        leaf = (logp + 200 * torch.eye(12, 7)).requires_grad_()  # absurd ratios too
         loss, metrics = run(policy, mode, leaf, old, torch.zeros(12), mask)
         loss.backward()
         assert loss.item() == 0.0 and leaf.grad is not None and leaf.grad.abs().max() == 0.0
@@ -332,6 +332,30 @@ def test_ppo_kl_is_the_token_mean_of_old_minus_new() -> None:
     old, logp = torch.zeros(2, 2), -torch.tensor([[1.0, 9.0], [0.5, 0.3]])
     _, metrics = run(policy, "ppo", logp, old, torch.ones(2), torch.tensor([[1, 0], [1, 1]]))
     assert metrics["actor/ppo_kl"].value == pytest.approx(0.6)
+
+
+def test_a_ratio_on_the_edge_of_its_clip_still_learns() -> None:
+    # Clips of 0 put ratio 1 on both edges at once: the gradient passes (-A / 1 token), so nothing counts as killed.
+    for sign in (1.0, -1.0):
+        leaf = torch.zeros(1, 1, requires_grad=True)
+        loss, metrics = policy.policy_loss("ppo", leaf, torch.zeros(1, 1), torch.tensor([sign]), torch.ones(1, 1),
+                                           clip_low=0.0, clip_high=0.0)  # fmt: skip
+        loss.backward()
+        assert leaf.grad is not None and leaf.grad.item() == -sign and metrics["actor/pg_clipfrac"].value == 0.0
+
+
+def test_bfloat16_log_probs_are_compared_in_float32() -> None:
+    # -30 and -30.125 in bfloat16 (spacing .125 there): delta .125 and exp(.125) = 1.133148, not bfloat16's 1.1328125.
+    logp, old = torch.tensor([[-30.0]]).bfloat16(), torch.tensor([[-30.125]]).bfloat16()
+    loss, _ = run(policy, "ppo", logp, old, torch.tensor([1.0]), torch.ones(1, 1))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-math.exp(0.125), rel=1e-6)
+
+
+def test_only_the_new_log_probs_get_a_gradient() -> None:
+    logp, old, adv, mask = batch()
+    leaves = [x.clone().requires_grad_() for x in (logp, old, adv, torch.ones_like(logp))]
+    run(policy, "ppo", leaves[0], leaves[1], leaves[2], mask, weights_BT=leaves[3])[0].backward()
+    assert leaves[0].grad is not None and [leaf.grad for leaf in leaves[1:]] == [None, None, None]
 
 
 def test_unknown_names_are_refused() -> None:
