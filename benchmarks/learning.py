@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Plan:
     early_steps: int
     evals: int
     temperature: float
+    max_prompt_length: int
+    max_response_length: int
     overrides: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -81,6 +84,7 @@ class Bench:
         self.runs = out / f"seed_{seed}"
         self.runs.mkdir(parents=True, exist_ok=True)
         self.finished = self.runs / "finished_stages.txt"
+        self.cache = self.runs / "cache"  # converted checkpoints: half a gigabyte each, and nobody else's
         files = write_demo_data(self.runs / "data", seed)
         self.val, self.test = files.val, files.test
         self.train = self.runs / "data" / f"train_{plan.teacher_rows}.parquet"
@@ -130,8 +134,10 @@ class Bench:
         words += [f"data.train_files=[{self.train}]", f"data.val_files=[{self.val}]"]
         words += [f"data.val_rows={self.plan.val_rows}", f"trainer.seed={self.seed}", f"trainer.total_steps={steps}"]
         words += [f"trainer.max_time_s={limit_s:g}", f"trainer.test_freq={test_freq}", f"trainer.save_freq={test_freq}"]
-        words += [f"trainer.keep_best={CHOOSE_BY}", f"rollout.temperature={self.plan.temperature}"]
-        words += self.plan.overrides.get(stage, [])
+        words += [f"trainer.keep_best={CHOOSE_BY if test_freq else ''}", f"rollout.temperature={self.plan.temperature}"]
+        prompt, response = self.plan.max_prompt_length, self.plan.max_response_length
+        words += [f"data.max_prompt_length={prompt}", f"data.max_response_length={response}"]
+        words += [f"rollout.max_model_len={prompt + response}", *self.plan.overrides.get(stage, [])]
         self.once(name, words)
         found = read_run(folder)
         best = best_checkpoint(folder, CHOOSE_BY)
@@ -151,8 +157,8 @@ class Bench:
     def drop_checkpoints(self) -> None:
         """Free the disk (about 30 GB a seed); what was trained would have to be trained again."""
         self.finished.unlink(missing_ok=True)
-        for path in self.runs.glob("*/global_step_*"):
-            shutil.rmtree(path)
+        for path in [*self.runs.glob("*/global_step_*"), self.cache / "models"]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def gad(self, name: str, words: list[str]) -> str:
         """Run one `gad` command, its messages into OUT/seed_N/NAME.log; returns its standard output."""
@@ -160,9 +166,9 @@ class Bench:
         with log.open("a") as file:
             file.write(f"$ gad {' '.join(words)}\n")
             file.flush()
-            done = subprocess.run(
-                [sys.executable, "-m", "gadcli.cli.app", *words], stdout=subprocess.PIPE, stderr=file, text=True
-            )
+            command = [sys.executable, "-m", "gadcli.cli.app", *words]
+            env = {**os.environ, "GAD_CACHE": str(self.cache)}
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=file, text=True)
         if done.returncode:
             raise SystemExit(f"gad {words[0]} {words[1]} ended with {done.returncode}; see {log}")
         return done.stdout
@@ -171,7 +177,8 @@ class Bench:
         """`gad eval` on the test rows, greedy and at the sampling temperature, with the share of exact forms."""
         samples = self.runs / f"{name}.samples.jsonl"
         words = ["eval", str(model), "--data", str(self.test), "-t", "0", "-t", str(self.plan.temperature), "--json"]
-        words += ["--max-prompt-length", "192", "--max-response-length", "48", "--seed", str(self.seed), "--quiet"]
+        words += ["--max-prompt-length", str(self.plan.max_prompt_length), "--seed", str(self.seed), "--quiet"]
+        words += ["--max-response-length", str(self.plan.max_response_length), *self.plan.overrides.get("eval", [])]
         report = json.loads(self.gad(name, [*words, "--samples", str(samples)]))
         answers = [json.loads(line) for line in samples.read_text().splitlines()]
         figures: dict[str, Any] = {"prompts": report["models"][0]["prompts"]}
@@ -254,42 +261,47 @@ def read_results(out: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, path.read_text().splitlines())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("learning"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--model", default="", help="default: the demo's model")
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--teacher-rows", type=int, default=128)
-    parser.add_argument("--val-rows", type=int, default=96)
-    parser.add_argument(
-        "--minutes", type=float, default=10.0, help="training time of (b) and (d), and of their controls"
+STAGES = ("seqkd", "warmup", "gad", "eval")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; option names are Plan's field names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--warmup-steps", type=int, default=14)
-    parser.add_argument("--chunk", type=int, default=8, help="SeqKD steps between looks at the validation rows")
-    parser.add_argument("--patience", type=int, default=3)
-    parser.add_argument("--min-gain", type=float, default=0.002)
-    parser.add_argument("--max-seqkd-steps", type=int, default=160)
-    parser.add_argument("--early-steps", type=int, default=8)
-    parser.add_argument("--evals", type=int, default=6, help="looks at the validation rows in each of b, c, d, e")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    for stage in ("seqkd", "warmup", "gad"):
-        parser.add_argument(
-            f"--{stage}", action="append", default=[], metavar="KEY=VALUE", help=f"override for {stage}"
-        )
-    parser.add_argument("--keep-checkpoints", action="store_true")
-    parser.add_argument("--report", action="store_true", help="draw table and plot from what is there")
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("learning"))
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--model", default="", help="default: the demo's model")
+    add("--preset", default="demo")
+    add("--teacher-rows", type=int, default=128)
+    add("--val-rows", type=int, default=96)
+    add("--budget-s", type=float, default=600.0, help="training seconds of (b) and (d), and so of their controls")
+    add("--warmup-steps", type=int, default=14)
+    add("--chunk", type=int, default=8, help="SeqKD steps between looks at the validation rows")
+    add("--patience", type=int, default=3, help="looks without a gain that end (a)")
+    add("--min-gain", type=float, default=0.002)
+    add("--max-seqkd-steps", type=int, default=160)
+    add("--early-steps", type=int, default=8, help="SeqKD steps before (d) and (e)")
+    add("--evals", type=int, default=6, help="looks at the validation rows in each of b, c, d, e")
+    add("--temperature", type=float, default=1.0)
+    add("--max-prompt-length", type=int, default=192)
+    add("--max-response-length", type=int, default=48)
+    for stage in STAGES[:-1]:
+        add(f"--{stage}", action="append", default=[], metavar="KEY=VALUE", help=f"override for {stage}")
+    add("--eval", action="append", default=[], metavar="WORD", help="a word for gad eval, as --eval=--engine=hf")
+    add("--keep-checkpoints", action="store_true", help="about 30 GB a seed")
+    add("--report", action="store_true", help="draw table and plot from what is there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     if not options.report:
-        plan = Plan(
-            model=options.model or str(ensure_demo_model()), preset=options.preset, teacher_rows=options.teacher_rows,
-            val_rows=options.val_rows, budget_s=60 * options.minutes, warmup_steps=options.warmup_steps,
-            chunk=options.chunk, patience=options.patience, min_gain=options.min_gain,
-            max_seqkd_steps=options.max_seqkd_steps, early_steps=options.early_steps, evals=options.evals,
-            temperature=options.temperature,
-            overrides={stage: getattr(options, stage) for stage in ("seqkd", "warmup", "gad")},
-        )  # fmt: skip
+        options.model = options.model or str(ensure_demo_model())
+        options.overrides = {stage: getattr(options, stage) for stage in STAGES}
+        plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
         options.out.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
             run_seed(plan, options.out.resolve(), seed, options.arms, options.keep_checkpoints)

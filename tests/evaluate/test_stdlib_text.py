@@ -69,16 +69,21 @@ def test_the_splits_are_large_enough_and_share_no_near_duplicate(files: DemoFile
     assert files.val_rows >= 200
     assert files.test_rows >= 200
     assert files.train_rows >= 1000
-    firsts, lasts, whole = {}, {}, {}
+    firsts, lasts, whole, sets = {}, {}, {}, {}
     for name, found in rows.items():
         words = [text.tokens(row["teacher_response"].removeprefix("Does: ").partition(" Takes: ")[0]) for row in found]
         firsts[name] = {tuple(word[:5]) for word in words}
         lasts[name] = {tuple(word[-5:]) for word in words}
         whole[name] = {tuple(word) for word in words}
         assert len(whole[name]) == len(found)
+        sets[name] = [set(word) for word in words]
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         for kind in (firsts, lasts, whole):
             assert not kind[a] & kind[b]
+    exchanged = [
+        (one, two) for one in sets["val"] for two in sets["test"] if len(one - two) <= 1 and len(two - one) <= 1
+    ]
+    assert exchanged == []
 
 
 def test_a_seed_orders_the_training_rows_and_moves_none_between_splits() -> None:

@@ -31,7 +31,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=fast.eos_token_id,
+        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=fast.eos_token_id,
         pad_token_id=fast.pad_token_id, bos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

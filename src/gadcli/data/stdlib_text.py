@@ -126,8 +126,8 @@ def stdlib_entries(root: Path | None = None) -> list[Entry]:
 def split_entries(entries: list[Entry], seed: int) -> dict[str, list[Entry]]:
     """Train, val and test rows, by content hash; the seed orders the training rows and moves none of them.
 
-    So rows tuned on under one seed are never another seed's test rows. Sentences that begin or end with the
-    same five words count as near duplicates and stay together.
+    So rows tuned on under one seed are never another seed's test rows. Sentences that begin or end with the same
+    five words, or share all words but one, count as near duplicates and stay together.
     """
     groups = _near_duplicates(entries)
     groups.sort(key=lambda group: _hash(min(entry.key for entry in group)))
@@ -245,7 +245,8 @@ def _normalised(sentence: str) -> str:
 
 
 def _near_duplicates(entries: list[Entry]) -> list[list[Entry]]:
-    """Groups of entries joined, directly or through others, by the same first or last five words."""
+    """Groups of entries joined, directly or through others, by the same first or last five words or by having the
+    same words but for one."""
     parent = list(range(len(entries)))
 
     def root(i: int) -> int:
@@ -257,7 +258,9 @@ def _near_duplicates(entries: list[Entry]) -> list[list[Entry]]:
     seen: dict[tuple[str, ...], int] = {}
     for i, entry in enumerate(entries):
         words = _normalised(entry.sentence).split()
-        for key in (("first", *words[:5]), ("last", *words[-5:])):
+        # Sets less any one word: equal for sentences that differ by one word, added, left out or exchanged.
+        bags = [tuple(sorted(set(words) - {word})) for word in ("", *words)]
+        for key in (("first", *words[:5]), ("last", *words[-5:]), *bags):
             parent[root(i)] = root(seen.setdefault(key, i))
     groups: dict[int, list[Entry]] = {}
     for i, entry in enumerate(entries):
