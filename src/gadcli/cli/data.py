@@ -184,7 +184,7 @@ def check(
     spec = CheckSpec(
         keys=pick_keys(cfg, prompt_key, response_key),
         tokenizer=open_tokenizer(tokenizer) if tokenizer else None,
-        limits=Limits(*numbers, truncation) if limited else None,
+        limits=Limits(numbers[0], numbers[1], numbers[2], truncation) if limited else None,
         strict=strict, on_bad_row=on_bad_row, batch_size=batch_size, fix=fix or "", out=out, val=val or [],
     )  # fmt: skip
     bar = ProgressBar("check", quiet)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gadcli.data.files import FileInfo, JsonFault, json_lines, parse_line
 from gadcli.data.findings import Finding
-from gadcli.data.parquet_pages import PageError, chunk_pages
+from gadcli.data.parquet_pages import Column, PageError, chunk_pages, read_columns
 from gadcli.data.rows import RawChunk
 from gadcli.errors import ResourceError
 
@@ -41,21 +41,26 @@ def read_chunks(
     try:
         with pq.ParquetFile(info.path, buffer_size=1 << 20, page_checksum_verification=True) as file:
             first_row = 0
+            wanted = tuple(file.schema_arrow.names) if with_extras else columns
+            pages = read_columns(info.path, wanted)
+            if len(pages) != file.metadata.num_row_groups:
+                raise PageError("the footer's row groups cannot be read")
             for group in range(file.metadata.num_row_groups):
-                yield from _read_group(file, info, columns, group, first_row, with_extras, most_rows)
+                yield from _read_group(file, info, columns, group, first_row, with_extras, most_rows, pages[group])
                 first_row += file.metadata.row_group(group).num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, PageError) as error:
         yield Finding("file_unreadable", info.path, f"cannot be read: {_short(error)}")
 
 
 def _read_group(
     file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int, first_row: int, with_extras: bool,
     most_rows: int,
+    pages: list[Column],
 ) -> Iterator[RawChunk | Finding]:  # fmt: skip
     row = first_row
     wanted = None if with_extras else list(columns)
     try:
-        size = min(chunk_rows(file, info, columns, group), most_rows)
+        size = min(chunk_rows(info.path, group, file.metadata.row_group(group).num_rows, pages), most_rows)
         batches = file.iter_batches(batch_size=size, row_groups=[group], columns=wanted, use_threads=False)
         while True:
             with bounded_memory(f"{info.path}, row group {group}"):
@@ -80,26 +85,21 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 
-def chunk_rows(file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int) -> int:
+def chunk_rows(path: str, group: int, rows: int, columns: list[Column]) -> int:
     """How many rows of a row group may be decoded at once. Raises ResourceError if a page is too large."""
-    metadata = file.metadata.row_group(group)
-    rows = max(metadata.num_rows, 1)
     size, worst = 0, 0.0
-    with open(info.path, "rb") as raw:
-        for j in range(metadata.num_columns):
-            column = metadata.column(j)
-            if column.path_in_schema.split(".")[0] not in columns:
-                continue
+    with open(path, "rb") as raw:
+        for column in columns:
             pages = chunk_pages(raw.fileno(), column, entry_matters_from=WORST_CHUNK_BYTES // CHUNK_ROWS)
             if pages.largest_page > MAX_PAGE_BYTES:
                 raise ResourceError(
-                    f"{info.path}: row group {group}, column {column.path_in_schema}: a page of "
-                    f"{pages.largest_page:,} bytes, packed into {column.total_compressed_size:,}",
+                    f"{path}: row group {group}, column {column.path}: a page of {pages.largest_page:,} bytes, packed "
+                    f"into {column.packed_bytes:,}: a decompression bomb",
                     f"pages may hold {MAX_PAGE_BYTES:,} bytes; write the file again if it is meant to be so",
                 )
-            size += column.total_uncompressed_size
-            worst += column.num_values / rows * max(pages.mean_value_bytes, pages.largest_entry)
-    by_size = CHUNK_BYTES * rows // max(size, 1)
+            size += column.plain_bytes
+            worst += column.num_values / max(rows, 1) * max(pages.mean_value_bytes, pages.largest_entry)
+    by_size = CHUNK_BYTES * max(rows, 1) // max(size, 1)
     by_worst = int(WORST_CHUNK_BYTES / max(worst, 1.0))
     return max(1, min(CHUNK_ROWS, max(by_size, 16), by_worst))
 

@@ -6,6 +6,7 @@ The environment below is that of transformers 5.19 `utils.chat_template_utils`; 
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -98,15 +99,15 @@ class ChatTemplate:
         return "".join([messages[p]["content"] if p.__class__ is int else p for p in plan])  # type: ignore[index, misc]
 
     def _plan(self, roles: tuple[str, ...]) -> list[str | int] | None:
-        marks = [f"\x02{i}\x03" for i in range(len(roles))]
+        marks = [f"gadmark{i}end" for i in range(len(roles))]  # survives trimming, quoting and capitals
         text = self.jinja([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)])
         for i, mark in enumerate(marks):
-            if mark not in text:
+            if mark not in text.lower():
                 raise TemplateRefusal(f"the chat template drops message {i + 1}, of role {roles[i]!r}")
         if not self.copies:
             return None
         plan: list[str | int] = []
-        for n, piece in enumerate(text.replace("\x03", "\x02").split("\x02")):
+        for n, piece in enumerate(re.split(r"gadmark(\d+)end", text)):
             plan.append(int(piece) if n % 2 else piece)
         for probe in (" a\n", "", "</think>\"'<&>", "é漢\t", "{{ 1 }}"):
             filled = [{"role": r, "content": probe + str(i)} for i, r in enumerate(roles)]
@@ -129,6 +130,8 @@ def _only_copies_content(tree: jinja2.nodes.Template) -> bool:
                 steered = True  # message[key]: cannot tell which key
         elif isinstance(node, jinja2.nodes.Getattr) and node.attr == "content" and not copying:
             steered = True
+        elif isinstance(node, jinja2.nodes.Filter) and isinstance(node.node, jinja2.nodes.Name):
+            steered = steered or node.name not in ("length", "count")  # message | tojson sees the content too
         elif isinstance(node, (jinja2.nodes.Call, jinja2.nodes.Macro)):
             steered = steered or _mentions_content(node)
         goes_on = isinstance(node, (jinja2.nodes.Output, jinja2.nodes.Add, jinja2.nodes.Concat))
