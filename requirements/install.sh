@@ -29,7 +29,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip_quiet() { pip install -qq --no-input "$@"; }
+pip_quiet() { pip install -qq --no-input --no-compile "$@"; }
 
 # Pins hold for one platform. vLLM's CPU wheel exists for Python 3.11 alone; elsewhere gad samples through transformers.
 platform=$("$venv/bin/python" -c 'import sys, platform; print(*sys.version_info[:2], platform.machine(), sys.platform)')

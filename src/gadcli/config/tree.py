@@ -97,18 +97,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def nest(values: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys to nested dicts."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-    return tree
-
-
 def differences(old: GadConfig, new: GadConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) where two configs differ, in the schema's order."""
     old_values, new_values = flatten(old), flatten(new)
