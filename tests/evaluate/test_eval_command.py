@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from evaluate.judge_server import JudgeServer
 from evaluate.tiny_model import write_tiny_model
 from gadcli.cli import app
 
@@ -54,6 +55,27 @@ def test_a_model_is_scored_at_two_temperatures_and_written_out(
     }
     assert any(one != two for one, two in pairs.values())  # two draws of a prompt differ
     assert html.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.slow
+def test_two_models_are_compared_prompt_by_prompt_and_judged(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GAD_JUDGE_API_KEY", "sk-never-shown")
+    judge = JudgeServer()
+    judge.reply = lambda a, b: "[[A]]" if len(a) > len(b) else "[[B]]" if len(b) > len(a) else "[[C]]"
+    words = ["eval", str(model), "--against", str(model), "--data", str(data), "-t", "1", "--max-response-length", "8"]
+    words += ["--max-prompt-length", "100", "--engine", "hf", "--device", "cpu", "--no-fresh", "--quiet"]
+    words += ["--judge-endpoint", judge.url, "--judge-model", "j", "--judge-cache", str(tmp_path / "verdicts.jsonl")]
+    assert app.run(words) == 0
+    judge.close()
+    out, err = capfd.readouterr()
+    # The same weights and seeds on both sides: the same answers, so no difference and nothing but ties.
+    assert "val/rouge_l +0.000 [+0.000, +0.000] no difference shown" in out
+    assert "0 wins, 12 ties, 0 losses of 12 pairs" in out
+    assert len(judge.requests) == 12  # both orders of a pair of equal answers are one question
+    assert "sk-never-shown" not in out + err
 
 
 def test_a_missing_file_is_a_data_error(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

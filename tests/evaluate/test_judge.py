@@ -3,74 +3,27 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from evaluate.judge_server import JudgeServer, Reply
 from gadcli.errors import ConfigError, DataError
 from gadcli.evaluate import chat_endpoint
 from gadcli.evaluate.chat_endpoint import ChatEndpoint
 from gadcli.evaluate.judge import Pair, judge, parse_verdict
 
 KEY = "sk-very-secret-0123456789"
-Reply = Callable[[str, str], str]
-
-
-class Server:
-    """An OpenAI-compatible server whose verdict is a function of the two answers."""
-
-    def __init__(self) -> None:
-        self.reply: Reply = lambda a, b: "[[C]]"
-        self.failures: list[int] = []  # status codes to answer with first
-        self.location = ""
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                outer.answer(self)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        self.requests.append({"path": handler.path, **body})
-        self.keys.append(handler.headers["Authorization"])
-        status = self.failures.pop(0) if self.failures else 200
-        if status == 200:
-            question = body["messages"][-1]["content"]
-            a = question.split("# Answer A\n")[1].split("\n\n# Answer B\n")[0]
-            b = question.split("# Answer B\n")[1].split("\n\nWhich")[0]
-            payload: Any = {"choices": [{"message": {"content": f"I think … {self.reply(a, b)}"}}]}
-        else:
-            payload = {"error": f"no: {handler.headers['Authorization']}"}
-        data = json.dumps(payload).encode()
-        handler.send_response(status)
-        if self.location:
-            handler.send_header("Location", self.location)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
     monkeypatch.setenv("GAD_JUDGE_API_KEY", KEY)
     monkeypatch.setattr(ChatEndpoint.__init__, "__defaults__", ("", "KEY", 0.001))  # no long waits between attempts
-    running = Server()
+    running = JudgeServer()
     yield running
-    running.http.shutdown()
-    running.http.server_close()
+    running.close()
 
 
 def letters(quality: dict[str, int]) -> Reply:
@@ -81,7 +34,7 @@ def letters(quality: dict[str, int]) -> Reply:
 PAIRS = [Pair("q1", "good long answer", "bad"), Pair("q2", "bad", "good long answer"), Pair("q3", "same", "same!")]
 
 
-def test_each_pair_is_asked_in_both_orders_and_counted_once(server: Server, tmp_path: Path) -> None:
+def test_each_pair_is_asked_in_both_orders_and_counted_once(server: JudgeServer, tmp_path: Path) -> None:
     server.reply = letters({"good long answer": 2, "bad": 1, "same": 0, "same!": 0})
     result = judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl")
     assert len(server.requests) == 6
@@ -94,7 +47,7 @@ def test_each_pair_is_asked_in_both_orders_and_counted_once(server: Server, tmp_
     assert result.answer_chars == pytest.approx((16 + 3 + 4) / 3)
 
 
-def test_a_judge_that_always_takes_the_first_answer_decides_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_judge_that_always_takes_the_first_answer_decides_nothing(server: JudgeServer, tmp_path: Path) -> None:
     server.reply = lambda a, b: "[[A]]"
     result = judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl")
     assert (result.wins, result.ties, result.losses, result.flipped) == (0, 3, 0, 3)
@@ -103,7 +56,7 @@ def test_a_judge_that_always_takes_the_first_answer_decides_nothing(server: Serv
     assert result.longer_share is None
 
 
-def test_replies_without_a_verdict_are_counted_and_asked_again_next_time(server: Server, tmp_path: Path) -> None:
+def test_replies_without_a_verdict_are_counted_and_asked_again_next_time(server: JudgeServer, tmp_path: Path) -> None:
     server.reply = lambda a, b: "cannot say" if "same" in a else "[[A]]"
     result = judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl")
     assert result.unparsed == 1
@@ -113,7 +66,7 @@ def test_replies_without_a_verdict_are_counted_and_asked_again_next_time(server:
     assert (len(server.requests), again.asked, again.cached) == (2, 2, 4)
 
 
-def test_a_repeated_evaluation_asks_nothing_and_gives_the_same(server: Server, tmp_path: Path) -> None:
+def test_a_repeated_evaluation_asks_nothing_and_gives_the_same(server: JudgeServer, tmp_path: Path) -> None:
     server.reply = letters({"good long answer": 2, "bad": 1, "same": 0, "same!": 0})
     first = judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl")
     server.requests.clear()
@@ -124,7 +77,7 @@ def test_a_repeated_evaluation_asks_nothing_and_gives_the_same(server: Server, t
     assert len(server.requests) == 6  # another judge's verdicts are others
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(server: JudgeServer, tmp_path: Path) -> None:
     cache = tmp_path / "cache.jsonl"
     server.reply = lambda a, b: "[[A]]"
     judge(PAIRS[:2], server.url, "judge-1", cache)
@@ -136,7 +89,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(server: Server, tmp_
     assert len(cache.read_bytes().splitlines()) == 6
 
 
-def test_a_refusal_ends_at_once_and_keeps_what_was_decided(server: Server, tmp_path: Path) -> None:
+def test_a_refusal_ends_at_once_and_keeps_what_was_decided(server: JudgeServer, tmp_path: Path) -> None:
     server.failures = [401]
     with pytest.raises(DataError) as caught:
         judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl", workers=1)
@@ -144,27 +97,27 @@ def test_a_refusal_ends_at_once_and_keeps_what_was_decided(server: Server, tmp_p
     assert caught.value.hint == "check the key in GAD_JUDGE_API_KEY"
 
 
-def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_busy_server_is_asked_again(server: JudgeServer, tmp_path: Path) -> None:
     server.failures = [429, 503, 500]
     result = judge(PAIRS[:1], server.url, "judge-1", tmp_path / "cache.jsonl", workers=1)
     assert result.ties == 1
     assert len(server.requests) == 2 + 3
 
 
-def test_a_server_that_stays_busy_is_given_up(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_stays_busy_is_given_up(server: JudgeServer, tmp_path: Path) -> None:
     server.failures = [503] * 100
     with pytest.raises(DataError, match="503"):
         judge(PAIRS[:1], server.url, "judge-1", tmp_path / "cache.jsonl", workers=1)
     assert len(server.requests) == chat_endpoint.ATTEMPTS
 
 
-def test_an_unreachable_server_is_an_error_with_its_address(server: Server, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_an_error_with_its_address(server: JudgeServer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9"):
         judge(PAIRS[:1], "http://127.0.0.1:9/v1", "judge-1", tmp_path / "cache.jsonl", workers=1)
 
 
 def test_the_key_reaches_the_server_and_nothing_else(
-    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: JudgeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     result = judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl")
     assert set(server.keys) == {f"Bearer {KEY}"}
@@ -178,14 +131,13 @@ def test_the_key_reaches_the_server_and_nothing_else(
     assert "***" in caught.value.message
 
 
-def test_a_redirect_does_not_carry_the_key_elsewhere(server: Server, tmp_path: Path) -> None:
-    elsewhere = Server()
+def test_a_redirect_does_not_carry_the_key_elsewhere(server: JudgeServer, tmp_path: Path) -> None:
+    elsewhere = JudgeServer()
     server.failures, server.location = [307], elsewhere.url + "/chat/completions"
     with pytest.raises(DataError, match="307"):
         judge(PAIRS[:1], server.url, "judge-1", tmp_path / "cache.jsonl", workers=1)
     assert elsewhere.requests == []
-    elsewhere.http.shutdown()
-    elsewhere.http.server_close()
+    elsewhere.close()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +156,7 @@ def test_addresses_that_would_leak_are_refused(url: str, message: str) -> None:
     assert "secret" not in caught.value.message.replace("a secret", "")
 
 
-def test_a_damaged_cache_is_an_error_and_not_overwritten(server: Server, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_an_error_and_not_overwritten(server: JudgeServer, tmp_path: Path) -> None:
     cache = tmp_path / "notes.txt"
     cache.write_text("my notes\n")
     with pytest.raises(DataError, match=r"notes\.txt:1"):
