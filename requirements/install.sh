@@ -37,15 +37,15 @@ locked=no
 [ "$platform" = "3 11 x86_64 linux" ] && locked=yes
 
 torch=$(grep -v '^#' "$here/torch.txt")
-if [ "$locked" = no ]; then
-    torch=${torch%+cpu}
-fi
 say "$torch"
 pip_quiet --no-deps "$torch" 2>/dev/null || {
     say "$torch is not where pip looks; trying $PYTORCH_INDEX"
     pip_quiet --retries 2 --no-deps --index-url "$PYTORCH_INDEX" "$torch" || {
-        say "torch could not be installed: set PYTORCH_INDEX to an index that has its CPU build"
-        exit 1
+        if [ "$locked" = yes ]; then
+            say "torch's CPU build was not found: set PYTORCH_INDEX to an index that has it"
+            exit 1
+        fi
+        pip_quiet "${torch%+cpu}" # macOS and ARM: PyPI's own build; elsewhere the CUDA build, which runs on CPU too
     }
 }
 
@@ -69,7 +69,7 @@ pip_quiet --no-deps -r "$here/demo.txt"
 if [ -z "$extra" ]; then
     pip_quiet --no-deps -e "$repo"
 else
-    pip_quiet --extra-index-url "$PYTORCH_INDEX" -e "$repo$extra"
+    pip_quiet -e "$repo$extra"
 fi
 # Builds of these that do not match the CPU torch break `import vllm`.
 pip uninstall --quiet --yes torchvision torchaudio torchcodec triton 2>/dev/null || true
