@@ -237,6 +237,12 @@ def test_ragged_micro_batches_add_up_to_the_whole_step(name: str) -> None:
     assert {k: m.value for k, m in added.items()} == pytest.approx({k: m.value for k, m in metrics.items()}, rel=1e-5)
 
 
+def test_no_metric_holds_a_graph() -> None:
+    t, s, len_t, len_s = random_pairs()
+    _, metrics = run(discriminator, "v2_raw", t.requires_grad_(), s, len_t, len_s, centring=0.1)
+    assert not any(torch.as_tensor(mean.total).requires_grad for mean in metrics.values())
+
+
 def test_a_rank_without_pairs_can_still_run_backward() -> None:
     t = torch.zeros(0, requires_grad=True)
     loss, _ = run(discriminator, "final", t, torch.zeros(0), torch.zeros(0), torch.zeros(0), pairs=8.0)

@@ -156,6 +156,23 @@ def test_mutants_of_tis_are_caught(old: str, new: str) -> None:
         check_tis(mutated("mismatch", old, new))
 
 
+def test_gradients_reach_the_policy_and_never_the_reference() -> None:
+    logp, ref, ent = LOGP.clone().requires_grad_(), REF.clone().requires_grad_(), LOGP.clone().requires_grad_()
+    metrics: dict[str, Mean] = {}
+    for kind in kl.KL_KINDS:
+        loss, parts = kl.kl_loss(kind, logp, ref, MASK)
+        loss.backward()
+        metrics |= parts
+    for loss, parts in (sft.sft_loss(logp, MASK), entropy.entropy_bonus(ent, MASK)):
+        loss.backward()
+        metrics |= parts
+    rewards, parts = kl.kl_in_reward(logp[:, 0], logp, ref, MASK, 0.1)
+    metrics |= parts | mismatch.mismatch_metrics(logp, ref, MASK)
+    assert logp.grad is not None and ent.grad is not None and ref.grad is None
+    assert not rewards.requires_grad
+    assert not any(torch.as_tensor(mean.total).requires_grad for mean in metrics.values())
+
+
 def test_the_mismatch_is_measured_over_response_tokens_only() -> None:
     metrics = mismatch.mismatch_metrics(LOGP, REF, MASK)
     # |diff|: .5, 1, 0; the 5s and 9s under the padding are not seen

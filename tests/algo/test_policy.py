@@ -334,6 +334,22 @@ def test_ppo_kl_is_the_token_mean_of_old_minus_new() -> None:
     assert metrics["actor/ppo_kl"].value == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("agg", AGGS)
+def test_a_batch_without_response_tokens_costs_nothing_and_can_run_backward(agg: str) -> None:
+    # A rank may have nothing but padding; it must still take part in the backward pass of its peers.
+    leaf = torch.zeros(2, 3, requires_grad=True)
+    loss, metrics = run(policy, "gspo", leaf, torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3), agg=agg, horizon=3.0)
+    loss.backward()
+    assert loss.item() == 0.0 and leaf.grad is not None and leaf.grad.abs().max() == 0.0
+    assert all(float(mean.count) == 0.0 for mean in metrics.values())
+
+
+def test_no_metric_holds_a_graph() -> None:
+    logp, old, adv, mask = batch()
+    _, metrics = run(policy, "gspo", logp.requires_grad_(), old, adv, mask)
+    assert not any(torch.as_tensor(mean.total).requires_grad for mean in metrics.values())
+
+
 def test_a_ratio_on_the_edge_of_its_clip_still_learns() -> None:
     # Clips of 0 put ratio 1 on both edges at once: the gradient passes (-A / 1 token), so nothing counts as killed.
     for sign in (1.0, -1.0):
@@ -366,3 +382,5 @@ def test_unknown_names_are_refused() -> None:
         run(policy, "ppo", logp, old, adv, mask, agg="mean")
     with pytest.raises(ValueError, match="horizon"):
         run(policy, "ppo", logp, old, adv, mask, agg="seq-mean-token-sum-norm")
+    with pytest.raises(ValueError, match="horizon"):
+        run(policy, "ppo", logp, old, adv, mask, agg="seq-mean-token-sum-norm", horizon=0.0)

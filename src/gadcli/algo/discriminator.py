@@ -86,7 +86,7 @@ def discriminator_loss(
 
 
 def pair_losses(
-    name: str, pair: Pairs, numbers: Numbers | None = None, *, label_smoothing: float = 0.0, centring: float = 0.0
+    name: str, pair: Pairs, numbers: Numbers | None, *, label_smoothing: float, centring: float
 ) -> tuple[Tensor, Terms]:
     """(loss [N], terms by metric name): what `discriminator_loss` sums, a pair at a time."""
     if name not in _LOSSES:
