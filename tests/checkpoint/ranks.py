@@ -1,4 +1,4 @@
-"""Runs functions on W gloo ranks, forked from one fresh process: real FSDP, real collectives, no port (a file store)."""
+"""Runs functions on W gloo ranks, forked from one fresh process: real FSDP and collectives, no port (a file store)."""
 
 from __future__ import annotations
 

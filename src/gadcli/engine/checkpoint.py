@@ -20,11 +20,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
@@ -59,71 +59,11 @@ from gadcli.engine.manifest import (
     write_durably,
     write_manifest,
 )
-from gadcli.engine.retention import prune, remove_leftovers
+from gadcli.engine.retention import check_keep_last, prune, remove_leftovers
+from gadcli.engine.together import FAILURES, on_rank0, rank_and_world, together
 from gadcli.errors import CheckpointError, GadError, ResourceError
 
-T = TypeVar("T")
 _SLACK = 64 << 20  # bytes asked for beyond the tensors: zip headers, config, tokenizer, the file system's own
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _together(work: Callable[[], T]) -> list[T]:
-    """Runs `work` on every rank and gathers the results everywhere; if it raises on one rank, all raise that error."""
-    result: T | None = None
-    failure: BaseException | None = None
-    try:
-        result = work()
-    except (
-        GadError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        CheckpointException,
-    ) as error:
-        failure = error
-    _, world = _rank_and_world()
-    if world == 1:
-        if failure is not None:
-            raise failure
-        return [result]  # type: ignore[list-item]
-    # Exceptions travel as the few plain values that rebuild them; anything else might not pickle.
-    packed = None if failure is None else _pack(failure)
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, (packed, result))
-    first = next((p for p, _ in gathered if p is not None), None)
-    if failure is not None:
-        raise failure
-    if first is not None:
-        raise _unpack(first)
-    return [r for _, r in gathered]
-
-
-def _pack(error: BaseException) -> tuple[str, str, str | None, int | None]:
-    if isinstance(error, GadError):
-        return type(error).__name__, error.message, error.hint, None
-    return "OSError" if isinstance(error, OSError) else "other", str(error), None, getattr(error, "errno", None)
-
-
-def _unpack(packed: tuple[str, str, str | None, int | None]) -> BaseException:
-    kind, message, hint, number = packed
-    if kind == "OSError":
-        return OSError(number, f"another rank: {message}")
-    kinds: dict[str, type[GadError]] = {c.__name__: c for c in (CheckpointError, ResourceError)}
-    return kinds[kind](message, hint) if kind in kinds else RuntimeError(f"another rank: {message}")
-
-
-def _on_rank0(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 only and hands its result to all; its error is raised everywhere."""
-    rank, _ = _rank_and_world()
-    return _together(lambda: work() if rank == 0 else None)[0]  # type: ignore[return-value]
 
 
 def _local_bytes(tree: Any, rank: int) -> int:
@@ -165,39 +105,30 @@ def save_checkpoint(
     """
     final = step_folder(run_dir, step)
     folder = final.with_name(final.name + ".tmp")
-    need = sum(_together(lambda: _local_bytes([models, optims], _rank_and_world()[0])))
-    _on_rank0(lambda: _prepare(run_dir, final, folder, need + _SLACK))
+    need = sum(together(lambda: _local_bytes([models, optims], rank_and_world()[0])))
+    on_rank0(lambda: _prepare(run_dir, final, folder, need + _SLACK, keep_last))
     try:
         _write_states(folder, models, optims)
-        _together(lambda: _write_rank_files(folder, trainer, rng, assets))
+        together(lambda: _write_rank_files(folder, trainer, rng, assets))
         files = _hash_and_sync(folder)
         manifest = Manifest(
-            step, stage, config_hash, _rank_and_world()[1], sorted(models), files, dict(metrics or {}),
+            step, stage, config_hash, rank_and_world()[1], sorted(models), files, dict(metrics or {}),
             gad_version=__version__,
         )  # fmt: skip
-        _on_rank0(lambda: _commit(run_dir, folder, final, manifest))
-    except (
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        GadError,
-        CheckpointException,
-    ) as error:
-        rank, _ = _rank_and_world()
-        if rank == 0:
+        on_rank0(lambda: _commit(run_dir, folder, final, manifest))
+    except FAILURES as error:
+        if rank_and_world()[0] == 0:
             shutil.rmtree(folder, ignore_errors=True)  # its bytes are wanted back when the disk is full
-        translated = _disk_error(error, run_dir, need + _SLACK)
-        if translated is not None:
-            raise translated from error
-        raise
-    _on_rank0(lambda: prune(run_dir, keep_last, keep_best))
+        translated = _translated(error, final, need + _SLACK)
+        if translated is None:
+            raise
+        raise translated from error
+    on_rank0(lambda: prune(run_dir, keep_last, keep_best))
     return final
 
 
-def _prepare(run_dir: Path, final: Path, folder: Path, need: int) -> None:
+def _prepare(run_dir: Path, final: Path, folder: Path, need: int, keep_last: int) -> None:
+    check_keep_last(keep_last)
     run_dir.mkdir(parents=True, exist_ok=True)
     if final.exists():
         raise CheckpointError(f"{final} exists: a checkpoint is never overwritten", "resume it, or move it away")
@@ -209,21 +140,34 @@ def _prepare(run_dir: Path, final: Path, folder: Path, need: int) -> None:
     folder.mkdir()
 
 
-def _disk_error(error: BaseException, run_dir: Path, need: int) -> ResourceError | None:
-    """The ResourceError that a 'no space left' inside (DCP wraps it) amounts to; None for any other error."""
-    causes: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):
-        causes += [wrapped[0] for wrapped in error.failures.values()]
+def _translated(error: BaseException, final: Path, need: int) -> GadError | None:
+    """What the user is told: a full disk (DCP wraps it), DCP's own failure, or None to let `error` through."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # torch's zip writer turns a short write into a RuntimeError that only names the stream.
-    hit = any((isinstance(c, OSError) and c.errno in full) or "file write failed" in str(c) for c in causes)
+    # torch's zip writer hides the OSError of a short write behind a RuntimeError about positions.
+    hidden = ("unexpected pos", "file write failed", "PytorchStreamWriter failed")
+    chain = list(_chain(error))
+    hit = any((isinstance(c, OSError) and c.errno in full) or any(h in str(c) for h in hidden) for c in chain)
+    if not hit and isinstance(error, CheckpointException):
+        reasons = "; ".join(str(wrapped[0]) for wrapped in error.failures.values())
+        return CheckpointError(f"{final} was not saved: {reasons[:200]}", "the one before it is intact")
     if not hit:
         return None
+    run_dir = final.parent
     free = shutil.disk_usage(run_dir).free
     return ResourceError(
         f"disk full while saving in {run_dir}: need {human_bytes(need)}, have {human_bytes(free)}",
         "free some space and --resume; the last committed checkpoint is intact",
     )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, what it wraps (DCP gathers those of all ranks) and what each was raised in the handling of."""
+    while error is not None:
+        yield error
+        if isinstance(error, CheckpointException):
+            for wrapped in error.failures.values():
+                yield from _chain(wrapped[0])
+        error = error.__cause__ or error.__context__
 
 
 def _write_states(folder: Path, models: Mapping[str, Any], optims: Mapping[str, Any]) -> None:
@@ -236,7 +180,7 @@ def _write_states(folder: Path, models: Mapping[str, Any], optims: Mapping[str, 
 def _dcp_save(folder: Path, state: dict[str, Any]) -> None:
     writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
     with _single_process_is_fine():
-        dcp.save(state, storage_writer=writer, no_dist=_rank_and_world()[1] == 1)
+        dcp.save(state, storage_writer=writer, no_dist=rank_and_world()[1] == 1)
 
 
 @contextmanager
@@ -253,7 +197,7 @@ def _write_rank_files(
     rng: Mapping[str, torch.Tensor],
     assets: Mapping[str, Callable[[Path], None]],
 ) -> None:
-    rank, _ = _rank_and_world()
+    rank, _ = rank_and_world()
     (folder / "trainer").mkdir(exist_ok=True)
     if rng:
         tensors = {name: value.detach().cpu().contiguous() for name, value in rng.items()}
@@ -277,7 +221,7 @@ def _owner(relative: str, world: int) -> int:
 
 
 def _hash_and_sync(folder: Path) -> dict[str, FileEntry]:
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
 
     def mine() -> dict[str, FileEntry]:
         found = {}
@@ -289,7 +233,7 @@ def _hash_and_sync(folder: Path) -> dict[str, FileEntry]:
         return found
 
     merged: dict[str, FileEntry] = {}
-    for part in _together(mine):
+    for part in together(mine):
         merged.update(part)
     return merged
 
@@ -347,21 +291,21 @@ def load_checkpoint(path: Path, name: str, state: dict[str, Any]) -> Manifest:
     for the sha256 of every byte. Raises CheckpointError for what is missing, unexpected, of another shape or dtype.
     """
     folders = {"model": path / name, "optim": path / "trainer" / f"{name}_optim"}
-    manifest = _on_rank0(lambda: verify(path, deep=False))
+    manifest = on_rank0(lambda: verify(path, deep=False))
     for part, values in state.items():
         folder = folders[part]
         prefix = folder.relative_to(path).as_posix() + "/"
         if f"{prefix}.metadata" not in manifest.files:
             have = ", ".join(manifest.models) or "nothing"
             raise CheckpointError(f"{path}: holds no {name} {part} (it has: {have})", "another stage's checkpoint?")
-        _on_rank0(lambda p=prefix: verify(path, [f"{p}.metadata"]))  # type: ignore[misc]
+        on_rank0(lambda p=prefix: verify(path, [f"{p}.metadata"]))  # type: ignore[misc]
         files = [f.removeprefix(prefix) for f in manifest.files if f.startswith(prefix)]
         index = read_dcp_index(folder, files)
         _check_fit(folder, index, values)
         try:
             with _single_process_is_fine():
                 dcp.load(values, storage_reader=_SafeReader(folder, index), planner=_SafePlanner(),
-                         no_dist=_rank_and_world()[1] == 1)  # fmt: skip
+                         no_dist=rank_and_world()[1] == 1)  # fmt: skip
         except CheckpointException as error:
             reasons = "; ".join(str(wrapped[0]) for wrapped in error.failures.values())
             raise CheckpointError(f"{folder}: {reasons[:200]}", "use another checkpoint, or copy it again") from error
@@ -390,9 +334,14 @@ def _check_fit(folder: Path, index: DcpIndex, values: dict[str, Any]) -> None:
 
 def load_rng(path: Path) -> dict[str, torch.Tensor] | None:
     """This rank's generator states; None when the checkpoint was saved at another world size."""
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     if read_manifest(path).world_size != world:
         return None
     name = f"trainer/rng_rank_{rank}.safetensors"
     manifest = verify(path, [name])
-    return load_file(path / name) if name in manifest.files else None
+    if name not in manifest.files:
+        return None
+    try:
+        return load_file(path / name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / name}: not a safetensors file: {error}", "use another checkpoint") from error

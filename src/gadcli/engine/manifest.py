@@ -256,6 +256,10 @@ def latest_valid(run_dir: Path, on_skip: Callable[[str], None], *, deep: bool = 
 def read_trainer(path: Path) -> dict[str, Any]:
     """The trainer's own state (schedule, data cursor …) of a checkpoint, as it was given to save_checkpoint."""
     verify(path, [TRAINER_STATE])
-    state = json.loads((path / TRAINER_STATE).read_bytes())
-    assert isinstance(state, dict), "verified files hold what save_checkpoint wrote"
+    try:
+        state = json.loads((path / TRAINER_STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / TRAINER_STATE}: not JSON", "use another checkpoint") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / TRAINER_STATE}: holds no JSON object", "use another checkpoint")
     return state

@@ -36,13 +36,18 @@ def best_checkpoint(run_dir: Path, metric: str) -> Path | None:
     return None if best is None else best[1]
 
 
+def check_keep_last(keep_last: int) -> None:
+    """ConfigError below 2: the newest may turn out damaged, and then the one before is all there is."""
+    if keep_last < 2:
+        raise ConfigError(f"trainer.keep_last is {keep_last}: one damaged file would lose the run", "keep_last=2")
+
+
 def prune(run_dir: Path, keep_last: int, keep_best: str = "") -> list[Path]:
     """Deletes all but the `keep_last` newest and the best by `keep_best`; returns what was deleted.
 
     A folder is renamed before it is emptied, so that a kill in between leaves no half-empty global_step_N.
     """
-    if keep_last < 2:
-        raise ConfigError(f"trainer.keep_last is {keep_last}: one damaged file would lose the run", "keep_last=2")
+    check_keep_last(keep_last)
     committed = list_checkpoints(run_dir)
     keep = set(committed[-keep_last:])
     if keep_best:
