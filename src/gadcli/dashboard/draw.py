@@ -82,7 +82,7 @@ def extent(values: Sequence[float], bounds: Range | None) -> tuple[float, float]
         for edge in (bounds.low, bounds.high):
             if math.isfinite(edge) and low - room <= edge <= high + room:
                 low, high = min(low, edge), max(high, edge)
-    if high == low:
+    if high - low <= 1e-9 * abs(high):  # constant but for rounding
         half = abs(high) * 0.5 or 0.5
         low, high = low - half, high + half
     return low, high

@@ -67,26 +67,27 @@ def watch(
                     display.update(picture, refresh=True)
                 if should_stop():
                     return "stopped"
-                key = _wait(read_key, FRAME_S)
-                if key == "q":
+                keys = _wait(read_key, FRAME_S)
+                if "q" in keys:
                     return "quit"
                 for view in views:
-                    view.key(key)
+                    for key in keys:
+                        view.key(key)
                 news = 0 if views[0].paused else sum(view.poll() for view in views)
-                changed = bool(key) or news > 0
+                changed = bool(keys) or news > 0
 
 
-def _wait(read_key: Callable[[float], str] | None, seconds: float) -> str:
-    """Wait a frame; a key ends the waiting early, yet frames never come faster than 4 Hz by held keys."""
-    if read_key is None:
+def _wait(read_keys: Callable[[float], str] | None, seconds: float) -> str:
+    """The keys typed within a frame's time. Only q ends the waiting early: held keys must not draw faster than 4 Hz."""
+    if read_keys is None:
         time.sleep(seconds)
         return ""
     begin = time.monotonic()
-    key = read_key(seconds)
+    keys = read_keys(seconds)
     rest = seconds - (time.monotonic() - begin)
-    if key != "q" and rest > 0:
+    if "q" not in keys and rest > 0:
         time.sleep(rest)
-    return key
+    return keys
 
 
 @contextlib.contextmanager
@@ -116,7 +117,7 @@ def keyboard(stream: TextIO) -> Iterator[Callable[[float], str] | None]:
         if not typed:
             time.sleep(seconds)  # the terminal is gone; its hang-up signal follows
         # An arrow or function key is an escape sequence, not a letter.
-        return "" if typed.startswith(b"\x1b") else typed[:1].decode("ascii", errors="ignore").lower()
+        return "" if typed.startswith(b"\x1b") else typed.decode("ascii", errors="ignore").lower()
 
     tty.setcbreak(descriptor)
     try:

@@ -34,6 +34,11 @@ td,th { border-top:1px solid #8884; padding:.4rem; text-align:left; vertical-ali
 """
 
 
+def _safe(text: str) -> str:
+    """Text for HTML and XML: escaped, and without control characters, which neither may hold."""
+    return html.escape("".join(c for c in text if c.isprintable() or c in "\n "))
+
+
 def plot(name: str, steps: Sequence[int], values: Sequence[float], bounds: Range | None, x: int = 0, y: int = 0) -> str:
     """One metric as an SVG group at (x, y): line, healthy band, extremes, first and last step."""
     shown, at = buckets(values, POINTS), buckets([float(s) for s in steps], POINTS)
@@ -62,9 +67,9 @@ def plot(name: str, steps: Sequence[int], values: Sequence[float], bounds: Range
              (_LEFT, PLOT_HEIGHT - 4, "start", f"step {begin:.0f}", "axis"),
              (PLOT_WIDTH - _RIGHT, PLOT_HEIGHT - 4, "end", f"{end:.0f}", "axis"),
              (PLOT_WIDTH - _RIGHT, 15, "end", band_text(bounds), "axis")]  # fmt: skip
-    parts += [f'<text class="{css}" x="{tx}" y="{ty}" text-anchor="{anchor}">{html.escape(text)}</text>'
+    parts += [f'<text class="{css}" x="{tx}" y="{ty}" text-anchor="{anchor}">{_safe(text)}</text>'
               for tx, ty, anchor, text, css in texts]  # fmt: skip
-    parts.append(f"<title>{html.escape(f'{name}: {metric(name).meaning}')}</title></g>")
+    parts.append(f"<title>{_safe(f'{name}: {metric(name).meaning}')}</title></g>")
     return "".join(parts)
 
 
@@ -101,7 +106,7 @@ def export_svg(view: RunView, columns: int = 4) -> str:
             parts.append(plot(name, *view.series(name), bounds, column * PLOT_WIDTH, y + row * PLOT_HEIGHT))
         y += PLOT_HEIGHT * math.ceil(len(names) / columns) + 8
     width = columns * PLOT_WIDTH
-    title = html.escape(f"{view.log.run.get('exp_name') or view.run_dir.name} · {view.log.run.get('stage', '')}")
+    title = _safe(f"{view.log.run.get('exp_name') or view.run_dir.name} · {view.log.run.get('stage', '')}")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}">'
             f"<style>{_svg_style('#2563a8', '#bfe5c6', '#1d2430', '#667')}</style>"
             f'<rect width="100%" height="100%" fill="#fff"/><text class="name" x="8" y="22">{title}</text>'
@@ -111,7 +116,7 @@ def export_svg(view: RunView, columns: int = 4) -> str:
 def export_html(view: RunView, now: float) -> str:
     """A page that needs nothing but itself: no script, no network; every text of the run is escaped."""
     log, levels = view.log, group_levels(view.judge.verdicts())
-    name = html.escape(str(log.run.get("exp_name") or view.run_dir.name))
+    name = _safe(str(log.run.get("exp_name") or view.run_dir.name))
     last = log.history.last
     seconds = view.step_seconds()
     facts = [str(log.run.get("stage", "")), log.state(now).kind, f"step {last.step if last else 0}"]
@@ -127,12 +132,12 @@ def export_html(view: RunView, now: float) -> str:
             heading = f'<h2 class="{levels[group]}">{MARKS[levels[group]]} {group}</h2>'
             sections.append(f'{heading}<div class="plots">{plots}</div>')
     svg_style = _svg_style("var(--line)", "var(--band)", "var(--ink)", "var(--dim)")
-    why = html.escape("\n".join(why_lines(view, now)[1:]).strip())
+    why = _safe("\n".join(why_lines(view, now)[1:]).strip())
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         '<meta name="viewport" content="width=device-width">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<style>{_STYLE}{svg_style}</style></head><body><h1>{name}</h1><p>{html.escape(' · '.join(facts))}</p>"
+        f"<style>{_STYLE}{svg_style}</style></head><body><h1>{name}</h1><p>{_safe(' · '.join(facts))}</p>"
         f"<h2>Health</h2><pre>{why}</pre>{''.join(sections)}{_samples(view)}{_events(view)}"
         f"<footer>Written by gad on {time.strftime('%Y-%m-%d %H:%M', time.localtime(now))}</footer></body></html>\n"
     )
@@ -143,8 +148,8 @@ def _samples(view: RunView) -> str:
     if not rows:
         return ""
     cells = "".join(
-        f"<tr><td class=number>{r.step}</td><td>{html.escape(r.prompt)}</td><td>{html.escape(r.student)}</td>"
-        f"<td class=number>{number(r.student_score)}</td><td>{html.escape(r.teacher)}</td>"
+        f"<tr><td class=number>{r.step}</td><td>{_safe(r.prompt)}</td><td>{_safe(r.student)}</td>"
+        f"<td class=number>{number(r.student_score)}</td><td>{_safe(r.teacher)}</td>"
         f"<td class=number>{number(r.teacher_score)}</td></tr>"
         for r in rows
     )
@@ -156,7 +161,7 @@ def _samples(view: RunView) -> str:
 def _events(view: RunView) -> str:
     rows = "".join(
         f"<tr><td class=number>{e.step}</td><td class={e.level if e.level in ('warn', 'bad') else 'quiet'}>"
-        f"{html.escape(e.kind)}</td><td>{html.escape(e.message)}</td></tr>"
+        f"{_safe(e.kind)}</td><td>{_safe(e.message)}</td></tr>"
         for e in list(view.log.events)[::-1][:50]
     )
     return f"<h2>Events</h2><table>{rows}</table>" if rows else ""

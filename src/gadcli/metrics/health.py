@@ -196,8 +196,13 @@ def _running_off(window: Window, middle: float, bounds: Range) -> str:
 def _move(
     old: Verdict, level: Level, value: float, step: int, text: str, side: Literal["", "low", "high"] = ""
 ) -> Verdict:
-    since = old.since if old.level == level and old.side == side else step
-    return replace(old, level=level, value=value, since=since, text=text, side=side)
+    if old.level == level and old.side == side:
+        since = old.since
+        if old.value == value and old.text == text:
+            return old
+    else:
+        since = step
+    return Verdict(old.metric, old.group, level, value, since, text, side)
 
 
 def _change(before: Verdict, after: Verdict, step: int, row: Metric) -> Alarm | None:

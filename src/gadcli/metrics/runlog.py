@@ -23,7 +23,7 @@ LONGEST_LINE = 8 << 20
 FULL_READ_BYTES = 12 << 20
 """Longest backlog that is parsed whole; beyond it the middle is sampled (1 ms parses about 40 KB)."""
 CHUNKS, CHUNK_BYTES = 900, 8192
-HEAD_BYTES, TAIL_BYTES = 512 << 10, 2 << 20
+HEAD_BYTES, TAIL_BYTES = 128 << 10, 768 << 10
 SILENT_AFTER_S = 600.0
 
 
@@ -182,7 +182,7 @@ class RunLog:
                 file.seek(offset)
                 self._take(file.readline(LONGEST_LINE).rstrip(b"\n"))
             else:
-                self._take_span(file, offset, offset + CHUNK_BYTES, whole=False)
+                self._take_place(file, offset)
         self._take_span(file, middle_end, size, whole=False)
         file.seek(max(begin, size - LONGEST_LINE))
         rest = file.read(min(LONGEST_LINE, size - begin))
@@ -191,9 +191,18 @@ class RunLog:
     def _take_span(self, file: BinaryIO, begin: int, end: int, *, whole: bool) -> None:
         """Take the complete lines of a span; `whole` says that it begins at a line's start."""
         file.seek(begin)
-        lines = file.read(end - begin).split(b"\n")
-        for line in lines[0 if whole else 1 : -1]:
+        for line in file.read(end - begin).split(b"\n")[0 if whole else 1 : -1]:
             self._take(line)
+
+    def _take_place(self, file: BinaryIO, offset: int) -> None:
+        """One step record from around `offset`, and whatever else stands there that is rarer than steps."""
+        file.seek(offset)
+        stepped = False
+        for line in file.read(CHUNK_BYTES).split(b"\n")[1:-1]:
+            is_step = b'"step"' in line[:16]
+            if not (is_step and stepped):
+                self._take(line)
+            stepped = stepped or is_step
 
     def _take(self, line: bytes) -> None:
         if not line.strip():
@@ -297,17 +306,18 @@ def as_float(value: Any) -> float | None:
 def find_headers(file: BinaryIO, begin: int, end: int) -> set[int]:
     """Offsets of the lines of type "run" in [begin, end), found without parsing the lines between."""
     found: set[int] = set()
-    needles = (b'{"type":"run"', b'{"type": "run"')
-    overlap = max(map(len, needles))
+    file.seek(0)
+    # A log is written by one program, so its first line tells how all are spaced.
+    needle = b'{"type": "run"' if file.read(9).endswith(b" ") else b'{"type":"run"'
+    overlap = len(needle)
     position = begin
     while position < end:
         file.seek(position)
         block = file.read(min(4 * BLOCK_BYTES, end - position) + overlap)
-        for needle in needles:
-            at = block.find(needle)
-            while at >= 0:
-                found.add(position + at)
-                at = block.find(needle, at + 1)
+        at = block.find(needle)
+        while at >= 0:
+            found.add(position + at)
+            at = block.find(needle, at + 1)
         position += 4 * BLOCK_BYTES
     return {at for at in found if at < end}
 

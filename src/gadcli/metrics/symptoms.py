@@ -243,6 +243,8 @@ def raw_drift(s: Signals, facts: RunFacts) -> Diagnosis | None:
 
 def giveaway(s: Signals, facts: RunFacts) -> Diagnosis | None:
     """9: d_acc exactly 1.0 from the first step: the sides differ by something other than their text."""
+    if s.now("critic/d_acc") != 1.0:
+        return None
     values = s.series("critic/d_acc")[1]
     if len(values) < FEWEST_STEPS or values[0] != 1.0 or sum(v == 1.0 for v in values) < 0.98 * len(values):
         return None

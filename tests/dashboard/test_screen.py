@@ -1,0 +1,246 @@
+"""The picture: it fits any screen, says what matters, and is safe to show whatever a model wrote."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from gadcli.dashboard import RunView, plain_line
+from gadcli.dashboard.draw import band_text, chart, clean, duration, sparkline, wrap
+from gadcli.dashboard.report import export_html, export_svg
+from gadcli.dashboard.screen import render, render_runs, screen_lines, share_rows
+from gadcli.dashboard.words import run_json, why_lines
+from gadcli.metrics.record import MetricsWriter, RunLog, write_status
+from gadcli.metrics.table import Range
+from metrics.generated import SYMPTOMS, healthy, write
+
+SIZES = [(20, 6), (20, 40), (40, 12), (60, 20), (80, 24), (100, 30), (120, 10), (160, 45), (250, 80)]
+
+
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory: pytest.TempPathFactory) -> RunView:
+    view = RunView(write(tmp_path_factory.mktemp("runs") / "collapsed", SYMPTOMS["runaway_gap"](1)))
+    view.poll()
+    return view
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> RunView:
+    view = RunView(write(tmp_path_factory.mktemp("runs") / "good", healthy(1)))
+    view.poll()
+    return view
+
+
+def text_of(view: RunView, width: int, height: int) -> str:
+    return "\n".join(line.plain for line in screen_lines(view, width, height, time.time()))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("interactive", [True, False])
+def test_no_line_is_wider_and_no_picture_higher_than_the_screen(
+    collapsed: RunView, size: tuple[int, int], interactive: bool
+) -> None:
+    collapsed.interactive = interactive
+    lines = screen_lines(collapsed, *size, time.time())
+    assert len(lines) <= size[1]
+    assert max(cell_len(line.plain) for line in lines) <= size[0]
+    assert all("\n" not in line.plain for line in lines)
+
+
+def test_sixty_by_twenty_shows_every_group_the_fault_its_cure_and_a_sample(collapsed: RunView) -> None:
+    text = text_of(collapsed, 60, 20)
+    for word in ("step 141/141", "runs off", "critic.loss=final", "discriminator", "actor", "answers", "engine",
+                 "score_diff", "117", ".3–2", "student", "teacher", "rollout", "saved global_step_100"):  # fmt: skip
+        assert word in text, f"{word!r} is missing in\n{text}"
+
+
+def test_a_wide_screen_uses_its_room(good: RunView) -> None:
+    text = text_of(good, 160, 45)
+    for word in ("kl_loss", "zero_std_fraction", "teacher length", "val rouge_l", "prompt", "┈"):
+        assert word in text
+    lines = text.splitlines()
+    assert sum(len(line.strip()) > 110 for line in lines) > 8, "three columns"
+
+
+def test_a_healthy_run_shows_no_advice(good: RunView) -> None:
+    assert "try " not in text_of(good, 100, 30)
+    assert why_lines(good, 0.0)[1].endswith("nothing is unhealthy")
+
+
+def test_keys_switch_group_and_sample_and_pause(good: RunView) -> None:
+    good.interactive = True
+    before = text_of(good, 60, 20)
+    good.key("g")
+    good.key("n")
+    good.key("p")
+    after = text_of(good, 60, 20)
+    assert "─" in before and "group: actor" in after and "sample 2/" in after and "picture paused" in after
+    for key in "gggp":
+        good.key(key)
+    good.sample_back = 0
+
+
+def test_without_colour_there_is_no_escape_code(good: RunView) -> None:
+    console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False)
+    console.print(render(good, 100, 30, time.time()))
+    assert isinstance(console.file, io.StringIO)
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_model_text_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, append=False)
+    writer.run(stage="gad", exp_name="\x1b]0;owned\x07x", total_steps=1, start_step=0)
+    writer.step(1, 0, {"critic/d_acc": 0.6})
+    nasty = "\x1b[2Jwiped\r\x9b31m\x00[bold]not markup[/bold]"
+    writer.samples(1, "val", [{"prompt": nasty, "student": nasty, "teacher": nasty, "student_score": 0.0}])
+    writer.event("note", nasty)
+    view = RunView(tmp_path)
+    view.poll()
+    for size in SIZES:
+        text = text_of(view, *size)
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert "[bold]not markup[/bold]" in text_of(view, 160, 45)
+    assert "\x1b" not in export_html(view, 0.0)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"type":"run","total_steps":5}\n', b"torn", b"\xff\xfe\n\n"])
+@pytest.mark.parametrize("size", SIZES[:4])
+def test_a_run_without_steps_says_that_it_waits(tmp_path: Path, content: bytes, size: tuple[int, int]) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    view = RunView(tmp_path)
+    view.poll()
+    assert "wait" in text_of(view, *size)
+    assert why_lines(view, 0.0)[1:]
+
+
+def test_a_dead_run_says_so(tmp_path: Path) -> None:
+    folder = write(tmp_path / "dead", healthy(1, steps=20), ended=False)
+    write_status(folder, state="running", stage="gad", step=20, phase="actor")
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**status, "time": 1000.0}))  # before our process began
+    view = RunView(folder)
+    view.poll()
+    assert "dead" in text_of(view, 60, 20) and "is gone" in text_of(view, 100, 30)
+
+
+def test_runs_stand_side_by_side_or_below_each_other(good: RunView, collapsed: RunView) -> None:
+    good.interactive = collapsed.interactive = False
+    for width, height in ((160, 30), (80, 40), (60, 10)):
+        lines = render_runs([good, collapsed], width, height, time.time()).renderables
+        assert len(lines) <= height
+        assert all(cell_len(line.plain) <= width for line in lines)  # type: ignore[union-attr]
+    both = render_runs([good, collapsed], 160, 30, time.time()).renderables[1].plain  # type: ignore[union-attr]
+    assert both.count("step ") >= 2
+
+
+def test_what_render_takes_is_a_log_too(tmp_path: Path) -> None:
+    log = RunLog(write(tmp_path / "run", healthy(2, steps=30)))
+    log.poll()
+    console = Console(file=io.StringIO(), width=60)
+    console.print(render(log, 60, 20))
+    assert isinstance(console.file, io.StringIO) and "step 30/30" in console.file.getvalue()
+
+
+def test_the_sparkline_marks_what_lies_outside_the_band() -> None:
+    bounds = Range(0.55, 0.8, warn_low=0.5, warn_high=0.9)
+    line = sparkline([0.61, 0.7, 0.95, math.nan], 8, bounds)
+    styles = [str(span.style) for span in line.spans]
+    assert "green" in styles[0] and "yellow" in styles[2] and "red" in styles[3]
+    assert line.plain[3] == "×" and cell_len(line.plain) == 8
+    # low 0.55 (the band's edge), high 0.95: 0.95 is the top bar, 0.61 is bar int(0.15 * 8) = 1
+    assert line.plain[0] == "▂" and line.plain[2] == "█"
+
+
+def test_the_chart_draws_the_band_edges_and_joins_the_points() -> None:
+    lines = [line.plain for line in chart([0.0, 1.0, 0.0, 1.0] * 20, 40, 5, Range(0.2, 0.8))]
+    assert len(lines) == 5 and all(cell_len(line) == 40 for line in lines)
+    flat = [line.plain for line in chart([0.5] * 50, 40, 5, Range(0.4, 0.6))]
+    assert any("┈┈┈" in line for line in flat)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [(Range(0.55, 0.8), ".55–.8"), (Range(0.01, math.inf), "≥.01"), (Range(0, 0.3), "≤.3"), (Range(-50, 50), "±50"),
+     (None, "")],
+)  # fmt: skip
+def test_bands_are_written_short(bounds: Range | None, text: str) -> None:
+    assert band_text(bounds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4.24, "4.2 s"), (48, "48 s"), (725, "12 min 5 s"), (12000, "3 h 20 min"), (187200, "2 d 4 h"), (3600, "1 h"),
+     (math.nan, "?")],
+)  # fmt: skip
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_wide_characters_count_two_cells() -> None:
+    assert wrap("散射散射", 5, 3) == ["散射", "散射"]
+    pieces = wrap("散射散射散射", 5, 2)
+    assert len(pieces) == 2 and pieces[1].endswith("…") and all(cell_len(p) <= 5 for p in pieces)
+    assert clean("a\nb\tc\x1b[0m") == "a⏎b c[0m"
+
+
+def test_rows_are_dealt_in_proportion_and_never_beyond_the_wish() -> None:
+    assert share_rows(10, [2, 20]) == [1, 9]  # 1/2 of its wish against 9/20: the next row is the second's
+    assert share_rows(50, [2, 3]) == [2, 3]
+    assert share_rows(0, [2, 3]) == [0, 0]
+
+
+def test_a_plain_line_has_the_same_words_each_step() -> None:
+    record = {"type": "step", "step": 12, "metrics": {"critic/d_acc": 0.62, "timing_s/step": 40.2}}
+    assert plain_line(record, 200) == "step 12/200  d_acc 0.62  s 40.2"
+    assert "\x1b" not in plain_line(record)
+
+
+class Page(HTMLParser):
+    """Collects tags and whatever would need the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.outside += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+
+
+def test_the_report_is_self_contained_and_escapes_the_runs_text(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", SYMPTOMS["no_spread"](1))
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "kind": "val", "prompt": "<script>x</script>", "student": "", "teacher": ""}))
+        file.write("\n")
+    view = RunView(folder)
+    view.poll()
+    page = Page()
+    text = export_html(view, time.time())
+    page.feed(text)
+    assert page.outside == [] and "script" not in page.tags
+    assert page.tags.count("svg") > 25 and "rollout.temperature=0.8 rollout.n=8" in text
+    assert "url(" not in text and "@import" not in text
+
+
+def test_the_svg_is_well_formed_and_draws_every_metric(good: RunView) -> None:
+    root = ElementTree.fromstring(export_svg(good))
+    lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
+    names = [n for n in good.log.history.names() if not n.startswith("timing_s/")]
+    assert len(lines) >= len(names)
+
+
+def test_json_is_strict_and_has_state_verdicts_and_diagnoses(collapsed: RunView) -> None:
+    text = json.dumps(run_json(collapsed, time.time()), allow_nan=False)
+    found = json.loads(text)
+    assert found["state"] == "done" and found["step"] == 141
+    assert found["diagnoses"][0]["name"] == "runaway_gap" and found["groups"]["discriminator"] == "bad"
