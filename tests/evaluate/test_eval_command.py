@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from evaluate.judge_server import JudgeServer
 from evaluate.tiny_model import write_tiny_model
@@ -17,6 +18,15 @@ from gadcli.cli import app
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def critic(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a scalar head, as a run's critic is merged."""
+    folder = tmp_path_factory.mktemp("critic")
+    AutoModelForTokenClassification.from_pretrained(model, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -32,13 +42,19 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_model_is_scored_at_two_temperatures_and_written_out(
-    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    critic: Path,
+    data: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GAD_CACHE", str(tmp_path / "cache"))
     html, samples = tmp_path / "out" / "report.html", tmp_path / "out" / "samples.jsonl"
     words = ["eval", str(model), "--data", str(data), "-t", "0", "-t", "1", "--n", "2", "--max-response-length", "12"]
     words += ["--max-prompt-length", "100", "--engine", "hf", "--device", "cpu", "--html", str(html)]
-    assert app.run([*words, "--samples", str(samples), "--json"]) == 0
+    words += ["--discriminator", str(critic), "--samples", str(samples)]
+    assert app.run([*words, "--json"]) == 0
     out, err = capfd.readouterr()
     report = json.loads(out)
     greedy, sampled = report["models"]
@@ -46,6 +62,7 @@ def test_a_model_is_scored_at_two_temperatures_and_written_out(
     assert (sampled["temperature"], sampled["answers"], sampled["prompts"]) == (1.0, 24, 12)
     assert 0.0 <= sampled["metrics"]["val/rouge_l"] <= 1.0
     assert sampled["metrics"]["val/fresh_accuracy"] > 0.5  # random weights: anyone can tell
+    assert 0.0 <= sampled["metrics"]["val/d_acc"] <= 1.0
     assert "answers: 36 of 36" in err
     records = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(records) == 36
@@ -84,9 +101,19 @@ def test_a_missing_file_is_a_data_error(model: Path, tmp_path: Path, capfd: pyte
     assert "no.parquet" in capfd.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_model_without_a_scalar_head_is_no_discriminator(
+    model: Path, data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(model), "--data", str(data), "--engine", "hf", "--device", "cpu", "--quiet"]
+    assert app.run([*words, "--max-prompt-length", "100", "--discriminator", str(model)]) == 2
+    assert "no scalar head" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--discriminator-values", "mean"], "last or all"),
         (["--engine", "tgi"], "--engine is tgi"),
         (["-t", "-1"], "outside 0 to 10"),
         (["--judge-endpoint", "https://host/v1"], "without --judge-model"),

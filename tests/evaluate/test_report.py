@@ -9,7 +9,7 @@ import pytest
 
 from gadcli.evaluate.answers import AnswerSet, prompt_text
 from gadcli.evaluate.html import html_report
-from gadcli.evaluate.report import Report, differences, model_report, render, short_names
+from gadcli.evaluate.report import Report, d_acc, differences, model_report, render, short_names
 from gadcli.evaluate.text import Sample
 
 ATTACK = "<script>alert('x')</script> & <b>"
@@ -51,6 +51,11 @@ def test_a_paired_difference_is_taken_prompt_by_prompt() -> None:
 def test_the_fresh_discriminator_is_left_out_where_prompts_are_too_few() -> None:
     assert "val/fresh_accuracy" not in model_report(answers("m", ["x"] * 9), fresh=True).metrics
     assert model_report(answers("m", ["x y"] * 20), fresh=True).metrics["val/fresh_accuracy"] == 1.0
+
+
+def test_a_given_discriminators_accuracy_counts_a_tie_one_half() -> None:
+    # Teacher higher twice, lower once, equal once: (2 + 1/2) / 4.
+    assert d_acc([(0.0, 1.0), (-3.0, -2.0), (1.0, 0.0), (0.5, 0.5)]) == 0.625
 
 
 def test_plain_lines_name_what_was_left_out_and_what_differs() -> None:

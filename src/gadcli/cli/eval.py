@@ -36,6 +36,12 @@ def main(
     device: Annotated[str, typer.Option(metavar="D", help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling and of the fresh discriminator.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="Train a fresh discriminator.")] = True,
+    discriminator: Annotated[
+        str, typer.Option(metavar="R", help="Also score with a trained one: global_step_N/critic.")
+    ] = "",
+    discriminator_values: Annotated[
+        str, typer.Option(metavar="V", help="Its run's critic.values: last or all.")
+    ] = "last",
     judge_endpoint: Annotated[
         str | None,
         typer.Option(metavar="URL", help="OpenAI-compatible judge, as https://host/v1; key in GAD_JUDGE_API_KEY."),
@@ -53,14 +59,15 @@ def main(
     from gadcli.evaluate.answers import AnswerRequest
 
     temperatures = tuple(dict.fromkeys(temperature or [0.0]))
-    _check(engine, device, temperatures, judge_endpoint, judge_model)
+    _check(engine, device, temperatures, judge_endpoint, judge_model, discriminator_values)
     from gadcli.data.files import expand
 
     expand(data)  # a misspelt file should not wait for a model to load
     request = AnswerRequest(
         model=model, files=tuple(data), temperatures=temperatures, n=n, rows=rows,
         max_prompt_length=max_prompt_length, max_response_length=max_response_length, prompt_key=prompt_key,
-        response_key=response_key, engine=engine, device=device, seed=seed,
+        response_key=response_key, engine=engine, device=device, seed=seed, discriminator=discriminator,
+        discriminator_values=discriminator_values,
     )  # fmt: skip
     sets = _draw(request, against, _progress("answers", quiet))
     report = _report(request, sets, fresh)
@@ -71,7 +78,12 @@ def main(
 
 
 def _check(
-    engine: str, device: str, temperatures: tuple[float, ...], judge_endpoint: str | None, judge_model: str
+    engine: str,
+    device: str,
+    temperatures: tuple[float, ...],
+    judge_endpoint: str | None,
+    judge_model: str,
+    discriminator_values: str,
 ) -> None:
     from gadcli.errors import ConfigError
 
@@ -79,6 +91,10 @@ def _check(
         raise ConfigError(f"--engine is {engine}", "auto, vllm or hf")
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device is {device}", "auto, cpu or cuda")
+    if discriminator_values not in ("last", "all"):
+        raise ConfigError(
+            f"--discriminator-values is {discriminator_values}", "last or all, as the run's critic.values"
+        )
     if any(not 0.0 <= temperature <= 10.0 for temperature in temperatures):
         raise ConfigError("--temperature is outside 0 to 10", "0 is greedy")
     if judge_endpoint and not judge_model:

@@ -49,6 +49,8 @@ class AnswerRequest:
     dtype: str = "auto"
     max_num_seqs: int = 64
     seed: int = 1
+    discriminator: str = ""
+    discriminator_values: str = "last"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class AnswerSet:
     row_ids: list[int]
     dropped: int
     seconds: float
+    scores: list[tuple[float, float]] | None = None  # a given discriminator's, (student, teacher), by sample
 
     def first_draws(self) -> dict[int, Sample]:
         """Each row's first answer."""
@@ -120,12 +123,15 @@ def _collect(folder: Path, request: AnswerRequest, nproc: int, seconds: float) -
     plan = json.loads(_text_of(folder / PLAN_FILE))
     lines = [line for rank in range(nproc) for line in _text_of(folder / f"answers_{rank}.jsonl").splitlines()]
     records = sorted((json.loads(line) for line in lines), key=lambda r: (r["row"], r["draw"]))
+    lines = [line for rank in range(nproc) for line in _text_of(folder / f"scores_{rank}.jsonl").splitlines()]
+    scored = {(r["row"], r["draw"], r["temperature"]): (r["student"], r["teacher"]) for r in map(json.loads, lines)}
     sets = []
     for temperature in request.temperatures:
         own = [record for record in records if record["temperature"] == temperature]
         samples = [Sample(**record["sample"]) for record in own]
         row_ids = [record["row"] for record in own]
-        sets.append(AnswerSet(request.model, temperature, samples, row_ids, plan["dropped"], seconds))
+        scores = [scored[r["row"], r["draw"], temperature] for r in own] if request.discriminator else None
+        sets.append(AnswerSet(request.model, temperature, samples, row_ids, plan["dropped"], seconds, scores))
     return sets
 
 
@@ -155,6 +161,8 @@ def main() -> None:
 
 def work(folder: Path, rank: int) -> None:
     """One rank's share of the answers, written as they come."""
+    from transformers import AutoConfig
+
     from gadcli.config.schema import DataConfig, FsdpConfig, RolloutConfig
     from gadcli.data.batches import open_dataset
     from gadcli.data.tokenize import eos_id_of, load_tokenizer
@@ -185,18 +193,40 @@ def work(folder: Path, rank: int) -> None:
         engine=request.engine,
         max_model_len=max_model_len,
         max_num_seqs=request.max_num_seqs,
-        gpu_memory_utilization=0.85,  # nothing else lives on the device
+        gpu_memory_utilization=0.5 if request.discriminator else 0.85,
     )
     eos = eos_id_of(tokenizer)
     sampler = build_sampler(rollout, model_path, world, eos_ids=[eos], dtype=request.dtype, seed=request.seed)
+    critic = None
+    if request.discriminator:
+        from gadcli.evaluate.given_discriminator import load_discriminator
+
+        vocabulary = AutoConfig.from_pretrained(model_path).vocab_size
+        critic = load_discriminator(
+            request.discriminator, request.discriminator_values, vocabulary, request.dtype, world
+        )
+    drawn: list[Drawn] = []
     with (folder / f"answers_{rank}.jsonl").open("w", encoding="utf-8") as file:
-        for record in _draw(request, data, tokenizer, sampler, range(rank, len(data), world.size)):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for one in _draw(request, data, sampler, range(rank, len(data), world.size)):
+            drawn += [one] if critic is not None else []
+            for record in _records(one, tokenizer):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
+    if critic is not None:
+        _score(critic, drawn, folder / f"scores_{rank}.jsonl")
     sampler.close()
 
 
-def _draw(request: AnswerRequest, data: Any, tokenizer: Any, sampler: Any, rows: range) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Drawn:
+    """One prompt's answers at one temperature: the data's row and the engine's answers."""
+
+    row: Any
+    answers: list[Any]
+    temperature: float
+
+
+def _draw(request: AnswerRequest, data: Any, sampler: Any, rows: range) -> Iterator[Drawn]:
     from gadcli.engine.rollout import Sampling, request_seed
 
     for temperature in request.temperatures:
@@ -206,17 +236,35 @@ def _draw(request: AnswerRequest, data: Any, tokenizer: Any, sampler: Any, rows:
             part = [data[i] for i in rows[start : start + CHUNK_PROMPTS]]
             seeds = [request_seed(request.seed, 0, row.row_id) for row in part]  # step 0: as during training
             drawn = sampler.generate([row.prompt_ids for row in part], sampling, seeds)
-            for row, answers in zip(part, drawn, strict=True):
-                for draw, answer in enumerate(answers):
-                    sample = Sample(
-                        student=tokenizer.decode(answer.ids, skip_special_tokens=True),
-                        teacher=row.teacher,
-                        student_length=len(answer.ids),
-                        teacher_length=len(row.teacher_ids),
-                        finished=answer.finished,
-                        prompt=prompt_text(row.messages),
-                    )
-                    yield {"row": row.row_id, "draw": draw, "temperature": temperature, "sample": asdict(sample)}
+            yield from (Drawn(row, answers, temperature) for row, answers in zip(part, drawn, strict=True))
+
+
+def _records(one: Drawn, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """A prompt's answers as JSON objects."""
+    for draw, answer in enumerate(one.answers):
+        sample = Sample(
+            student=tokenizer.decode(answer.ids, skip_special_tokens=True),
+            teacher=one.row.teacher,
+            student_length=len(answer.ids),
+            teacher_length=len(one.row.teacher_ids),
+            finished=answer.finished,
+            prompt=prompt_text(one.row.messages),
+        )
+        yield {"row": one.row.row_id, "draw": draw, "temperature": one.temperature, "sample": asdict(sample)}
+
+
+def _score(critic: Any, drawn: list[Drawn], path: Path) -> None:
+    """All answers through a given discriminator, the teacher's beside each prompt's. One collective call."""
+    from gadcli.engine.layout import Group
+    from gadcli.evaluate.given_discriminator import score
+
+    groups = [Group(d.row.prompt_ids, [*(a.ids for a in d.answers), d.row.teacher_ids], d.row.row_id) for d in drawn]
+    lines = []
+    for one, (*students, teacher) in zip(drawn, score(critic, groups), strict=True):
+        for draw, student in enumerate(students):
+            place = {"row": one.row.row_id, "draw": draw, "temperature": one.temperature}
+            lines.append(json.dumps({**place, "student": student, "teacher": teacher}))
+    path.write_text("\n".join(lines))
 
 
 def prompt_text(messages: list[dict[str, str]]) -> str:

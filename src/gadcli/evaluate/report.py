@@ -18,6 +18,7 @@ MEANINGS = {
     "val/rouge_l": "overlap with the teacher's answer, word order counted (0-1)",
     "val/exact_match": "share of answers equal to the teacher's",
     FRESH: "held-out accuracy of a new discriminator: .5 cannot tell student from teacher, 1 always",
+    "val/d_acc": "the given discriminator's held-out accuracy on (teacher, student) pairs",
     "val/length_auc": "how well length alone tells them apart: .5 not at all, 1 always",
     "val/length_ratio": "mean length over the teacher's",
     "val/length_mean": "mean length in tokens",
@@ -72,6 +73,8 @@ def model_report(answers: AnswerSet, fresh: bool, seed: int = 0) -> ModelReport:
         name: bootstrap_interval([measure(sample) for sample in samples], answers.row_ids, seed=seed)
         for name, measure in PER_ROW.items()
     }
+    if answers.scores is not None:
+        metrics["val/d_acc"] = d_acc(answers.scores)
     prompts = len(set(answers.row_ids))
     if fresh:
         from gadcli.evaluate.fresh_discriminator import MIN_PROMPTS, fresh_discriminator
@@ -81,6 +84,13 @@ def model_report(answers: AnswerSet, fresh: bool, seed: int = 0) -> ModelReport:
             metrics[FRESH] = result.accuracy
             metrics["val/fresh_pair_accuracy"] = result.pair_accuracy
     return ModelReport(answers.model, answers.temperature, len(samples), prompts, answers.dropped, metrics, intervals)
+
+
+def d_acc(scores: Sequence[tuple[float, float]]) -> float:
+    """Share of (student, teacher) scores whose teacher's is the higher; a tie counts one half."""
+    return sum(1.0 if teacher > student else 0.5 if teacher == student else 0.0 for student, teacher in scores) / len(
+        scores
+    )
 
 
 def differences(one: AnswerSet, two: AnswerSet, seed: int = 0) -> list[Difference]:
