@@ -73,6 +73,25 @@ def test_scores_equal_but_for_their_last_bit_are_a_flat_group() -> None:
     assert adv.tolist() == [[0.0] * 4] and metrics["critic/zero_std_fraction"].value == 1.0
 
 
+def test_what_counts_as_rounding_grows_with_the_scores() -> None:
+    # Around 100 the last bit is 7.6e-6: one bit apart is flat. Around .01 it is 9e-10: 1e-6 apart is a real spread.
+    hundred = torch.tensor(100.0)
+    group = torch.stack([hundred, torch.nextafter(hundred, torch.tensor(101.0))])[None]
+    assert advantages.group_advantages(group, "dr_grpo")[1]["critic/zero_std_fraction"].value == 1.0
+    adv, metrics = advantages.group_advantages(torch.tensor([[0.01, 0.010001]]), "dr_grpo")
+    assert metrics["critic/zero_std_fraction"].value == 0.0 and adv.abs().min() > 4e-7
+
+
+def test_a_group_of_zeros_is_counted() -> None:
+    assert advantages.group_advantages(torch.zeros(1, 4), "grpo")[1]["critic/zero_std_fraction"].value == 1.0
+
+
+def test_bfloat16_scores_are_normalised_in_float32() -> None:
+    # 1, 1, 1, 1.0078125 (the next bfloat16): deviations -1/4 and 3/4 of a step, std half of one: -.5 and 1.5
+    adv, _ = advantages.group_advantages(torch.tensor([[1.0, 1.0, 1.0, 1.0078125]]).bfloat16(), "grpo")
+    assert adv[0].tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], rel=1e-3)
+
+
 def test_scores_large_and_equal_give_exact_zeros() -> None:
     # The mean of three times 0.1 is not 0.1 in binary: the zero must be by rule, not by luck.
     for value in (0.1, 115.75, -167.3):
@@ -83,6 +102,7 @@ def test_scores_large_and_equal_give_exact_zeros() -> None:
 def test_a_group_of_one_is_flat_not_nan() -> None:
     adv, metrics = advantages.group_advantages(torch.tensor([[3.0], [4.0]]), "grpo")
     assert adv.tolist() == [[0.0], [0.0]] and metrics["critic/zero_std_fraction"].value == 1.0
+    assert metrics["critic/score_std"].value == 0.0
 
 
 def test_metrics_describe_the_advantages() -> None:

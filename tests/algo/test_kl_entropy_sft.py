@@ -42,7 +42,11 @@ def check_kl(module) -> None:
     assert far.grad is not None and far.grad.item() == 0.0
     # x = -20 gives 19, held at 10 too, and x = -100 overflows nothing.
     for logp in (20.0, 100.0, -1000.0):
-        assert module.kl_loss("low_var_kl", torch.tensor([[logp]]), torch.zeros(1, 1), torch.ones(1, 1))[0].item() == 10
+        leaf = torch.tensor([[logp]], requires_grad=True)
+        loss, _ = module.kl_loss("low_var_kl", leaf, torch.zeros(1, 1), torch.ones(1, 1))
+        loss.backward()
+        assert loss.item() == 10.0
+        assert leaf.grad is not None and leaf.grad.item() == 0.0
 
 
 def test_kl_estimators_by_hand() -> None:
@@ -154,6 +158,13 @@ def test_tis_weights_are_truncated_from_above_and_carry_no_gradient() -> None:
 def test_mutants_of_tis_are_caught(old: str, new: str) -> None:
     with pytest.raises(AssertionError):
         check_tis(mutated("mismatch", old, new))
+
+
+def test_bfloat16_log_probs_are_compared_in_float32() -> None:
+    # k3 of x = -.125: e^-.125 + .125 - 1 = .0074969; in bfloat16 that difference would keep two digits.
+    logp, ref = torch.tensor([[-30.0]]).bfloat16(), torch.tensor([[-30.125]]).bfloat16()
+    assert kl.kl_loss("low_var_kl", logp, ref, torch.ones(1, 1))[0].item() == pytest.approx(k3(-0.125), rel=1e-4)
+    assert sft.sft_loss(logp, torch.ones(1, 1))[0].dtype == torch.float32
 
 
 def test_gradients_reach_the_policy_and_never_the_reference() -> None:

@@ -39,7 +39,8 @@ def test_several_eos_ids_all_end_an_answer() -> None:
 def test_left_padding_with_the_eos_id_ends_nothing() -> None:
     ids = torch.tensor([[2, 2, 5, 2], [2, 5, 6, 7]])
     valid = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
-    assert torch.equal(masking.response_mask(ids, EOS, valid), valid.bool())
+    mask = masking.response_mask(ids, EOS, valid)
+    assert mask.dtype == torch.bool and torch.equal(mask, valid.bool())
 
 
 def test_a_truncated_answer_counts_to_its_length() -> None:
