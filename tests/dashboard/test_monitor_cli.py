@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from gadcli.metrics.record import MetricsWriter, write_status
 from metrics.generated import SYMPTOMS, healthy, write
 
 GAD = [sys.executable, "-m", "gadcli.cli.app"]
@@ -51,6 +52,30 @@ def test_an_unknown_run_is_exit_2_with_the_nearest_name(place: Path) -> None:
 def test_once_prints_one_picture_without_escape_codes(place: Path) -> None:
     told = gad("monitor", "good", "--once", cwd=place)
     assert told.returncode == 0 and "step 200/200" in told.stdout and "\x1b" not in told.stdout
+
+
+@pytest.mark.parametrize("content", [None, b"", b"torn", b"\xff\x00\n[]\n"])
+def test_missing_empty_and_torn_logs_get_a_picture_and_exit_0(tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(content)
+    for words in (["monitor"], ["why"]):
+        told = gad(words[0], "run", *words[1:], cwd=tmp_path)
+        assert told.returncode == 0 and told.stdout, told.stderr
+
+
+def test_a_pipe_gets_a_line_a_step_until_the_run_ends(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "run", append=False)
+    writer.run(stage="gad", total_steps=3, start_step=0)
+    write_status(tmp_path / "run", state="running", stage="gad", step=1, phase="actor")
+    writer.step(1, 0, {"critic/d_acc": 0.6})
+    follower = subprocess.Popen([*GAD, "monitor", "run"], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV)
+    assert follower.stdout is not None
+    assert follower.stdout.readline() == "step 1/3  d_acc 0.6\n"
+    writer.step(2, 0, {"critic/d_acc": 0.7})
+    assert follower.stdout.readline() == "step 2/3  d_acc 0.7\n"
+    writer.end(0, "done")
+    assert follower.wait(20) == 0
 
 
 def test_exports_land_as_files_and_other_endings_are_refused(place: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from gadcli.metrics.diagnose import Watch, judge
 from gadcli.metrics.facts import RunFacts
 from gadcli.metrics.health import Alarm, HealthTracker, number
+from gadcli.metrics.runlog import RunLog
 from metrics.generated import LOSSES, SYMPTOMS, Run, bend, header, healthy, write
 
 HEALTHY = [
@@ -132,6 +133,25 @@ def test_watching_costs_under_five_milliseconds_a_step() -> None:
     for step in range(1, 1200):
         watching.step(step, steps[step % len(steps)])
     assert (time.process_time() - begin) / 1200 < 5e-3
+
+
+def test_a_length_giveaway_on_held_out_rows_is_a_warning(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", healthy(7))
+    text = (folder / "metrics.jsonl").read_text()
+    assert [d for d in judge(folder).diagnoses if d.level != "info"] == []
+    (folder / "metrics.jsonl").write_text(text.replace('"val/length_auc": 0.55', '"val/length_auc": 0.97'))
+    assert [d.name for d in judge(folder).diagnoses if d.level != "info"] == ["val/length_auc"]
+
+
+def test_a_resumed_watch_goes_on_where_the_log_ended(tmp_path: Path) -> None:
+    run = SYMPTOMS["clip_fraction"](1)
+    log = RunLog(write(tmp_path / "run", (run[0], run[1][:100])))
+    log.poll()
+    resumed = Watch(RunFacts.of(run[0]))
+    resumed.replay(log)
+    alarms = [a for step in range(101, 110) for a in resumed.step(step, run[1][step])]
+    # 6 fresh steps alone would be too few for a verdict: the replayed ones count
+    assert "clip_fraction" in [a.name for a in alarms]
 
 
 @pytest.mark.parametrize("missing", ["critic/", "actor/", "response_length/", "teacher_length/"])

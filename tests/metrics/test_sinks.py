@@ -70,3 +70,21 @@ def test_wandb_missing_fails_at_the_start_with_the_command_that_installs_it(
         WandbSink(tmp_path, project="p", name="n", config={})
     assert caught.value.hint == "pip install wandb"
     assert "canary" not in f"{caught.value.message}{caught.value.hint}"
+
+
+def test_wandb_offline_writes_beside_the_run_and_never_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb", reason="optional: pip install wandb")
+    canary = "canary0" + "a" * 33
+    monkeypatch.setenv("WANDB_API_KEY", canary)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sink = WandbSink(tmp_path, project="p", name="n", config={"actor.optim.lr": 1e-6})
+    for step in range(1, 4):
+        sink.scalars(step, {"critic/d_acc": 0.6, "critic/d_loss": math.nan})
+    sink.samples(3, [{"prompt": "p", "student": "s", "teacher": "t"}])
+    sink.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    shown = "".join(capfd.readouterr()) + caplog.text
+    assert canary.encode() not in written and canary not in shown

@@ -80,10 +80,10 @@ def _show(views: Sequence[RunView], once: bool) -> int:
     from gadcli.dashboard.screen import render_runs
 
     console = Console(highlight=False)
-    ended = all(view.log.state(time.time()).ended for view in views)
+    going = views[0].log.state(time.time()).kind in ("running", "starting")
     if console.is_terminal and not once:
         return _live(views, console)
-    if once or ended or len(views) > 1:
+    if once or not going or len(views) > 1:
         height = max(20, console.height - 1) if console.is_terminal else 40 * max(1, len(views) // 2)
         picture = render_runs(views, console.width, height, time.time())
         for line in picture.renderables:
@@ -106,7 +106,7 @@ def _follow(view: RunView) -> int:
             print(plain_line(record, view.log.run.get("total_steps")), flush=True)
             last = record.step
         state = view.log.state(time.time())
-        if state.kind not in ("running", "starting", "missing", "empty"):
+        if state.kind not in ("running", "starting"):
             print(f"{state.kind}: {state.text}", file=sys.stderr)
             return 0
         time.sleep(1.0)

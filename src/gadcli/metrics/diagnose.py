@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -25,14 +25,19 @@ _EXPLAINS = {
 _LEVELS = {"bad": 2, "warn": 1, "info": 0}
 
 
-def diagnose(history: History, facts: RunFacts, verdicts: Sequence[Verdict] = ()) -> list[Diagnosis]:
+def diagnose(
+    history: History,
+    facts: RunFacts,
+    verdicts: Sequence[Verdict] = (),
+    evals: Sequence[tuple[int, Mapping[str, float]]] = (),
+) -> list[Diagnosis]:
     """The named states of a run: faults first, the most certain first; [] for a healthy or too young one.
 
     A verdict (`metrics.health`) that no named diagnosis covers gets a plain one from the metric table.
     """
     if len(history) < FEWEST_STEPS:
         return []
-    signals = Signals(history)
+    signals = Signals(history, evals)
     found = {d.name: d for rule in RULES if (d := rule(signals, facts)) is not None}
     for name, explained in _EXPLAINS.items():
         if name in found and found[name].certainty >= 0.75:
@@ -79,6 +84,7 @@ class Watch:
         self.history = History()
         self._tracker = HealthTracker(facts)
         self._held: dict[str, int] = {}
+        self._evals: list[tuple[int, Mapping[str, float]]] = []
         self.diagnoses: list[Diagnosis] = []
 
     def replay(self, log: RunLog) -> None:
@@ -86,12 +92,19 @@ class Watch:
         for record in log.history:
             self.history.append(record)
             self._tracker.update(record.step, record.metrics)
+        for held_out in log.evals:
+            self.eval(held_out.step, held_out.metrics)
+
+    def eval(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Take one evaluation's metrics; returns what became unhealthy (or healthy again) with it."""
+        self._evals = [*self._evals[-255:], (step, dict(metrics))]
+        return self._tracker.update(step, metrics)
 
     def step(self, step: int, metrics: dict[str, float], epoch: float = 0.0) -> list[Alarm]:
         """Take one step's metrics; returns what became unhealthy (or healthy again) with it."""
         self.history.append(StepRecord(step, 0.0, epoch, dict(metrics)))
         alarms = self._tracker.update(step, metrics)
-        self.diagnoses = diagnose(self.history, self.facts, self.verdicts())
+        self.diagnoses = diagnose(self.history, self.facts, self.verdicts(), self._evals)
         named = {d.name: d for d in self.diagnoses if d.level != "info" and d.name not in METRICS}
         self._held = {name: self._held.get(name, 0) + 1 for name in named}
         for name, held in self._held.items():
@@ -112,13 +125,12 @@ class Judge:
     def __init__(self, log: RunLog) -> None:
         self.log = log
         self._seen: tuple[int, int, int] = (-1, -1, -1)
-        self._last = -1
         self._start()
 
     def _start(self) -> None:
         self.facts = RunFacts.of(self.log.run, read_config(self.log.run_dir))
         self._tracker = HealthTracker(self.facts)
-        self._last = -1
+        self._last = self._last_eval = -1
         self.diagnoses: list[Diagnosis] = []
 
     def update(self) -> bool:
@@ -131,9 +143,14 @@ class Judge:
         for record in new:
             self._tracker.update(record.step, record.metrics)
             self._last = record.step
-        if new:
-            self.diagnoses = diagnose(self.log.history, self.facts, self.verdicts())
-        return bool(new)
+        new_evals = [e for e in self.log.evals if e.step > self._last_eval]
+        for held_out in new_evals:
+            self._tracker.update(held_out.step, held_out.metrics)
+            self._last_eval = held_out.step
+        if new or new_evals:
+            evals = [(e.step, e.metrics) for e in self.log.evals]
+            self.diagnoses = diagnose(self.log.history, self.facts, self.verdicts(), evals)
+        return bool(new or new_evals)
 
     def verdicts(self) -> list[Verdict]:
         """Every metric's verdict, in the table's order."""

@@ -60,6 +60,11 @@ class Alarm:
     cure: str = ""
 
 
+def fewest_of(name: str, otherwise: int = FEWEST) -> int:
+    """Values a metric needs before it is judged: evals are rare, and each is a mean over many rows."""
+    return 3 if name.startswith("val/") else otherwise
+
+
 class Window:
     """The last WINDOW values of one metric with their steps, its first median, and its verdict."""
 
@@ -76,7 +81,7 @@ class Window:
             self.first_step = step
         self.seen += 1
         self.values.append(value)
-        if self.seen == FEWEST:
+        if self.seen == fewest_of(self.row.name):
             self.baseline = median(self.values)
 
     def summary(self) -> tuple[float, float]:
@@ -123,7 +128,7 @@ class HealthTracker:
                 return old
             return _move(old, "bad", value, step, "is not finite", "high")
         window.add(step, value)
-        if window.seen < FEWEST:
+        if window.seen < fewest_of(window.row.name):
             return replace(old, value=value, text="first steps")
         if window.row.name == _LENGTH:
             return self._judge_length(window, step, metrics)

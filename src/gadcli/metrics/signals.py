@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gadcli.metrics.health import WINDOW, median, number
+from gadcli.metrics.health import WINDOW, fewest_of, median, number
 from gadcli.metrics.history import History
 
 FEWEST = 6
@@ -30,16 +30,19 @@ class Evidence:
 class Signals:
     """Recent medians and beginnings of a run's metrics; NaN where a run does not measure one."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, evals: Sequence[tuple[int, Mapping[str, float]]] = ()) -> None:
         self.history = history
+        self._evals = evals
         self._series: dict[str, tuple[list[int], list[float]]] = {}
         self._now: dict[str, float] = {}
 
     def now(self, name: str) -> float:
         """Median of the last WINDOW finite values; NaN if there are too few."""
         if name not in self._now:
-            values = [v for v in self.history.tail(name, WINDOW)[1] if math.isfinite(v)]
-            self._now[name] = median(values) if len(values) >= FEWEST else math.nan
+            held_out = name.startswith("val/")
+            recent = self.series(name)[1][-WINDOW:] if held_out else self.history.tail(name, WINDOW)[1]
+            values = [v for v in recent if math.isfinite(v)]
+            self._now[name] = median(values) if len(values) >= fewest_of(name, FEWEST) else math.nan
         return self._now[name]
 
     def has(self, name: str) -> bool:
@@ -47,7 +50,8 @@ class Signals:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         if name not in self._series:
-            self._series[name] = self.history.series(name)
+            found = [(step, metrics[name]) for step, metrics in self._evals if name in metrics]
+            self._series[name] = ([s for s, _ in found], [v for _, v in found]) if found else self.history.series(name)
         return self._series[name]
 
     def start(self, name: str) -> float:
