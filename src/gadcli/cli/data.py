@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gadcli.cli import data_collect
 from gadcli.cli.common import JsonOption, QuietOption, print_json
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def open_tokenizer(model: str) -> ChatTokenizer:
     folder = Path(model).expanduser()
     if (folder / "tokenizer.json").is_file():
         return ChatTokenizer.from_folder(folder)
-    from gadcli.merge import resolve_model
+    from gadcli.merge.resolve_model import resolve_model
 
     return ChatTokenizer.from_folder(resolve_model(model))
 
@@ -239,3 +240,7 @@ def print_masks(files: list[str], spec: Any, n: int) -> None:
         trained = "|".join(piece.replace("\n", "\\n") for piece in answer)
         print(f"\x1b[32m{trained}\x1b[0m" if colour else f"[[{trained}]]")
         print(f"-- {len(prompt)} prompt tokens, not trained; {len(answer)} trained, EOS included")
+
+
+for _function in (data_collect.collect, data_collect.split, data_collect.head):
+    app.command(_function.__name__)(_function)

@@ -168,8 +168,10 @@ def open_dataset(
 
 
 def default_cache() -> Path:
-    """`$GAD_CACHE/tokens`, or the user's cache folder."""
-    return Path(os.environ.get("GAD_CACHE") or Path.home() / ".cache" / "gad") / "tokens"
+    """`tokens` in $GAD_CACHE, else $XDG_CACHE_HOME/gad, else ~/.cache/gad (as for converted models)."""
+    if "GAD_CACHE" in os.environ:
+        return Path(os.environ["GAD_CACHE"]).expanduser() / "tokens"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gad" / "tokens"
 
 
 def _choose(folder: Path, cfg: DataConfig, split: str) -> _Choice | None:

@@ -64,8 +64,9 @@ def _is_data(path: Path) -> bool:
     return path.is_file() and path.suffix in PARQUET_SUFFIXES + JSONL_SUFFIXES and not path.name.startswith((".", "_"))
 
 
-def inspect(path: str, prompt_key: str, response_key: str) -> FileInfo | list[Finding]:
+def inspect(path: str, prompt_key: str, response_key: str | None) -> FileInfo | list[Finding]:
     """The file's kind, rows and columns, or what makes it unusable. Reads the footer or the first lines only.
+    Without a `response_key`, only prompts are looked for.
 
     Raises ResourceError for a file that would unfold out of all proportion.
     """
@@ -90,7 +91,7 @@ def missing_column(path: str, key: str, setting: str, columns: list[str]) -> Fin
     return Finding("column_missing", path, f"has no column {key!r}; columns: {names or 'none'}{advice}", field=key)
 
 
-def _inspect_parquet(path: str, size: int, prompt_key: str, response_key: str) -> FileInfo | list[Finding]:
+def _inspect_parquet(path: str, size: int, prompt_key: str, response_key: str | None) -> FileInfo | list[Finding]:
     try:
         with pq.ParquetFile(path) as file:
             metadata, schema = file.metadata, file.schema_arrow
@@ -115,6 +116,8 @@ def _inspect_parquet(path: str, size: int, prompt_key: str, response_key: str) -
         (prompt_key, "data.prompt_key", _holds_messages),
         (response_key, "data.response_key", _holds_text),
     ):
+        if key is None:
+            continue
         if key not in schema.names:
             findings.append(missing_column(path, key, setting, schema.names))
         elif schema.names.count(key) > 1:
@@ -126,7 +129,7 @@ def _inspect_parquet(path: str, size: int, prompt_key: str, response_key: str) -
             types.append(str(schema.field(key).type))
     if findings:
         return findings
-    return FileInfo(path, "parquet", rows, size, tuple(schema.names), (types[0], types[1]))
+    return FileInfo(path, "parquet", rows, size, tuple(schema.names), (types[0], types[-1]))
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -162,7 +165,7 @@ def is_list(kind: pa.DataType) -> bool:
     )
 
 
-def _inspect_jsonl(path: str, size: int, prompt_key: str, response_key: str) -> FileInfo | list[Finding]:
+def _inspect_jsonl(path: str, size: int, prompt_key: str, response_key: str | None) -> FileInfo | list[Finding]:
     """Looks at the first lines: if none of them is an object, the file is no jsonl."""
     columns: dict[str, None] = {}
     objects = lines = 0
@@ -181,7 +184,7 @@ def _inspect_jsonl(path: str, size: int, prompt_key: str, response_key: str) -> 
     missing = [
         missing_column(path, key, setting, list(columns))
         for key, setting in ((prompt_key, "data.prompt_key"), (response_key, "data.response_key"))
-        if key not in columns
+        if key is not None and key not in columns
     ]
     return missing or FileInfo(path, "jsonl", None, size, tuple(columns), ("json", "json"))
 

@@ -139,9 +139,6 @@ def _read_jsonl(info: FileInfo, columns: tuple[str, str], most_rows: int) -> Ite
         if isinstance(value, dict):
             content.append(value.get(columns[0]))
             teacher.append(value.get(columns[1]))
-            # A prompt given as a JSON string is as good as the list itself.
-            if isinstance(content[-1], str):
-                content[-1] = parse_line(content[-1].encode("utf-8", "surrogatepass"))
         else:
             fault = value if isinstance(value, JsonFault) else JsonFault(f"a {type(value).__name__}, not an object")
             content.append(fault)

@@ -129,6 +129,17 @@ def normalise(chunk: RawChunk, first_id: int, fields: tuple[str, str]) -> RowBat
     return batch
 
 
+def normalise_prompts(chunk: RawChunk, field_name: str) -> RowBatch:
+    """As `normalise`, for rows that have no answer yet."""
+    n = len(chunk.content)
+    unanswered = RawChunk(
+        chunk.file, chunk.row_group, chunk.first_row, chunk.content, pa.array(["-"] * n), chunk.extras
+    )
+    if isinstance(chunk.content, list):
+        unanswered.teacher = ["-"] * n
+    return normalise(unanswered, chunk.first_row, (field_name, ""))
+
+
 def _decoded(array: pa.Array) -> pa.Array:
     """Without dictionary encoding; refuses one whose repeats would unfold beyond memory."""
     if not pa.types.is_dictionary(array.type):
@@ -255,7 +266,7 @@ def _messages_from_json(batch: RowBatch, content: pa.Array, name: str) -> None:
     texts, wrong = _as_text(content)
     if wrong is not None:
         batch.flag(wrong, "content_utf8", "the messages are not valid UTF-8", name)
-    values = [None if text is None else _parse(text) for text in texts.to_pylist()]
+    values = texts.to_pylist()
     if wrong is not None:
         values = [_SKIP if wrong[i] else value for i, value in enumerate(values)]
     _messages_from_python(batch, values, name)
@@ -272,6 +283,8 @@ def _messages_from_python(batch: RowBatch, values: Sequence[Any], name: str) -> 
     roles: list[str] = []
     texts: list[str] = []
     for i, value in enumerate(values):
+        if isinstance(value, str):  # a JSON string is as good as the list itself
+            value = _parse(value)
         fault = _message_fault(value)
         if fault is None:
             roles += [m["role"] for m in value]

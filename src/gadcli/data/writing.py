@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -29,49 +29,42 @@ def row_table(batch: RowBatch, rows: Any, keys: tuple[str, str], teachers: list[
     return pa.table({keys[0]: conversations, keys[1]: pa.array(teachers, pa.large_string())})
 
 
-class CleanWriter:
-    """Writes good rows to a temporary file beside `out`, renamed by `commit`; without it nothing is left behind.
+class RowWriter:
+    """Writes rows to a temporary file beside `out`, renamed by `commit`; without it nothing is left behind.
 
     Other columns are kept where every file has them in the same type; `left_out` names the rest.
     """
 
     def __init__(self, out: Path, infos: list[FileInfo], keys: tuple[str, str]) -> None:
-        if out.exists() or dropped_path(out).exists():
-            raise ConfigError(f"{out if out.exists() else dropped_path(out)}: exists already", "choose another -o")
+        if out.exists():
+            raise ConfigError(f"{out}: exists already", "choose another -o")
         self.out, self.keys = out, keys
         self.part = out.with_name(f".{out.name}.{os.getpid()}.part")
-        self.dropped_part = self.part.with_suffix(".dropped")
         self.extras = _common_extras(infos, keys)
         every = {c for i in infos for c in i.columns} - set(keys)
         self.left_out = sorted(every - {f.name for f in self.extras})
-        self.kept = self.dropped = 0
+        self.rows = 0
         self._writer: pq.ParquetWriter | None = None
 
-    def __enter__(self) -> CleanWriter:
+    def __enter__(self) -> Self:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._dropped = open(self.dropped_part, "w", encoding="utf-8")
+            self.part.touch()
         except OSError as error:
             raise ConfigError(f"{self.out}: cannot be written: {error.strerror}", "choose another -o") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
                  ) -> None:  # fmt: skip
-        self._dropped.close()
         if self._writer is not None:
             self._writer.close()
         self.part.unlink(missing_ok=True)
-        self.dropped_part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise ResourceError(f"{self.out}: {error.strerror}", "free disk space, then run again") from None
 
-    def write(self, batch: RowBatch, trimmed: dict[int, str]) -> None:
-        """Good rows, and those in `trimmed` (by their index in the batch) with a shorter answer."""
-        usable = ~batch.bad
-        usable[list(trimmed)] = True
-        rows = np.flatnonzero(usable).astype(np.int64)
-        teachers = [trimmed.get(i, t) for i, t in zip(rows.tolist(), batch.teacher_texts(rows), strict=True)]
-        table = row_table(batch, rows, self.keys, teachers)
+    def add(self, batch: RowBatch, rows: Any, teachers: list[str] | None = None) -> None:
+        """Some rows of a batch, optionally with other answers."""
+        table = row_table(batch, rows, self.keys, batch.teacher_texts(rows) if teachers is None else teachers)
         for column in self.extras:
             if batch.extras is not None:
                 values = batch.extras.column(batch.extras.schema.get_field_index(column.name))
@@ -79,7 +72,43 @@ class CleanWriter:
         if self._writer is None:
             self._writer = pq.ParquetWriter(self.part, table.schema, compression="zstd")
         self._writer.write_table(table)
-        self.kept += len(rows)
+        self.rows += len(rows)
+
+    def commit(self) -> None:
+        if self._writer is not None and self.rows:
+            self._writer.close()
+            self._writer = None
+            os.replace(self.part, self.out)
+
+
+class CleanWriter(RowWriter):
+    """A RowWriter of good rows that also keeps what was dropped, in `dropped_path(out)`."""
+
+    def __init__(self, out: Path, infos: list[FileInfo], keys: tuple[str, str]) -> None:
+        super().__init__(out, infos, keys)
+        if dropped_path(out).exists():
+            raise ConfigError(f"{dropped_path(out)}: exists already", "choose another -o")
+        self.dropped = 0
+        self.dropped_part = self.part.with_suffix(".dropped")
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._dropped = open(self.dropped_part, "w", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+                 ) -> None:  # fmt: skip
+        self._dropped.close()
+        self.dropped_part.unlink(missing_ok=True)
+        super().__exit__(kind, error, trace)
+
+    def write(self, batch: RowBatch, trimmed: dict[int, str]) -> None:
+        """Good rows, and those in `trimmed` (by their index in the batch) with a shorter answer."""
+        usable = ~batch.bad
+        usable[list(trimmed)] = True
+        rows = np.flatnonzero(usable).astype(np.int64)
+        teachers = [trimmed.get(i, t) for i, t in zip(rows.tolist(), batch.teacher_texts(rows), strict=True)]
+        self.add(batch, rows, teachers)
         self._write_dropped(batch, usable)
 
     def _write_dropped(self, batch: RowBatch, usable: Any) -> None:
@@ -97,13 +126,10 @@ class CleanWriter:
             self.dropped += 1
 
     def commit(self) -> None:
-        if self._writer is None or self.kept == 0:
-            return
-        self._writer.close()
-        self._writer = None
-        self._dropped.close()
-        os.replace(self.dropped_part, dropped_path(self.out))
-        os.replace(self.part, self.out)
+        if self.rows:
+            self._dropped.close()
+            os.replace(self.dropped_part, dropped_path(self.out))
+        super().commit()
 
 
 def _shown(value: pa.Scalar) -> Any:

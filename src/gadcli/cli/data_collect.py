@@ -1,0 +1,176 @@
+"""`gad data collect`, `split` and `head`: making data files and looking into them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gadcli.cli.common import JsonOption, QuietOption, print_json
+
+PromptsArgument = Annotated[
+    list[str], typer.Argument(metavar="PROMPTS...", help="Parquet or jsonl with messages or plain text.")
+]
+FilesArgument = Annotated[
+    list[str], typer.Argument(metavar="FILES...", help="Parquet or jsonl: files, folders, globs.")
+]
+PromptKeyOption = Annotated[str, typer.Option("--prompt-key", metavar="C", help="Column of messages.")]
+ResponseKeyOption = Annotated[str, typer.Option("--response-key", metavar="C", help="Column of answers.")]
+
+
+def collect(
+    prompts: PromptsArgument,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="Parquet to write; its journal is beside it.")
+    ],
+    endpoint: Annotated[
+        str, typer.Option("--endpoint", metavar="URL", help="Base URL, such as http://127.0.0.1:8000/v1.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Model name the endpoint knows.")],
+    system: Annotated[
+        str, typer.Option("--system", metavar="TEXT", help="System prompt for prompts without one.")
+    ] = "",
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, max=2, help="Sampling temperature.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", min=0, max=1, help="Nucleus.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Requests at once.")] = 16,
+    retries: Annotated[int, typer.Option("--retries", min=0, max=20, help="Tries after the first, with backoff.")] = 6,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds an answer may take.")] = 300.0,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Only the first N prompts; 0 takes all.")] = 0,
+    exclude: Annotated[str, typer.Option("--exclude", help="Statuses left out of -o: refused,truncated or none.")] = (
+        "refused,truncated"
+    ),
+    price_in: Annotated[
+        float, typer.Option("--price-in", min=0, help="Per million prompt tokens, to show the cost.")
+    ] = 0.0,
+    price_out: Annotated[float, typer.Option("--price-out", min=0, help="Per million answer tokens.")] = 0.0,
+    key_env: Annotated[
+        str, typer.Option("--key-env", metavar="VAR", help="Environment variable that holds the key.")
+    ] = "OPENAI_API_KEY",
+    prompt_key: PromptKeyOption = "content",
+    response_key: ResponseKeyOption = "teacher_response",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Teacher answers from an OpenAI-compatible API. Killed? The same command goes on; no answer is paid for twice."""
+    from dataclasses import asdict
+
+    from gadcli.data.collect import STATUSES, CollectSpec, Tally
+    from gadcli.data.collect import collect as run_collect
+    from gadcli.errors import ConfigError
+
+    left_out = tuple(s for s in exclude.replace(" ", "").split(",") if s and s != "none")
+    if unknown := [s for s in left_out if s not in STATUSES[1:3]]:
+        raise ConfigError(f"--exclude {unknown[0]!r}: it knows refused, truncated and none", "--exclude refused")
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"--endpoint {endpoint!r} is no URL", "--endpoint http://127.0.0.1:8000/v1")
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    spec = CollectSpec(
+        prompts, out, endpoint, model, os.environ.get(key_env, ""), prompt_key, response_key, system,
+        {k: v for k, v in given.items() if v is not None}, concurrency, retries, timeout, limit, left_out, price_in,
+        price_out,
+    )  # fmt: skip
+    live, last = sys.stderr.isatty() and not quiet, 0.0
+
+    def show(tally: Tally) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if not quiet and now - last > (0.2 if live else 10.0):
+            last = now
+            print(
+                ("\r\x1b[K" if live else "") + tally.line(spec), end="" if live else "\n", file=sys.stderr, flush=True
+            )
+
+    try:
+        tally = run_collect(spec, show)
+    except KeyboardInterrupt:
+        print(f"\n{spec.journal} keeps the answers so far; the same command goes on from there", file=sys.stderr)
+        raise
+    finally:
+        if live and last:
+            print(file=sys.stderr)
+    excluded = sum(tally.counts[s] for s in left_out)
+    if as_json:
+        result = asdict(tally)
+        del result["started"], result["last_failure"]
+        print_json({**result, "counts": dict(tally.counts), "out": str(out), "cost": tally.cost(spec)})
+    elif not quiet:
+        print(f"{out}: {tally.total:,} prompts, {tally.reused:,} answered before; now {tally.line(spec)}")
+        if excluded:
+            print(f"{excluded:,} of the new answers left out ({exclude})")
+        if tally.repeated or tally.bad_prompts:
+            print(f"{tally.repeated:,} repeated prompts asked once, {tally.bad_prompts:,} rows without a usable prompt")
+
+
+def split(
+    files: FilesArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for train.parquet, val.parquet …")],
+    val: Annotated[
+        float, typer.Option("--val", min=0, help="Held-out share (0.02) or number of prompts (200).")
+    ] = 0.02,
+    test: Annotated[float, typer.Option("--test", min=0, help="A second held-out part, the same way.")] = 0.0,
+    prompt_key: PromptKeyOption = "content",
+    response_key: ResponseKeyOption = "teacher_response",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Split by content hash: equal prompts never part, and the same rows always fall on the same side."""
+    from gadcli.data.report import ProgressBar
+    from gadcli.data.split import split as run_split
+    from gadcli.errors import ConfigError
+
+    shares = {name: share for name, share in (("val", val), ("test", test)) if share > 0}
+    if not shares or sum(s for s in shares.values() if s < 1) >= 1:
+        raise ConfigError("the held-out parts must leave something to train on", "--val 0.02")
+    bar = ProgressBar("split", quiet)
+    counts = run_split(files, (prompt_key, response_key), shares, out, bar)
+    bar.close()
+    if as_json:
+        print_json({name: {"rows": rows, "file": str(out / f"{name}.parquet")} for name, rows in counts.items()})
+    elif not quiet:
+        print("\n".join(f"{rows:>10,}  {out / name}.parquet" for name, rows in counts.items()))
+
+
+def head(
+    files: FilesArgument,
+    n: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 5,
+    prompt_key: PromptKeyOption = "content",
+    response_key: ResponseKeyOption = "teacher_response",
+    as_json: JsonOption = False,
+) -> None:
+    """The first rows as training would read them, in whatever encoding they are stored."""
+    from gadcli.data.check import open_files, scan_rows
+    from gadcli.data.findings import Summary
+    from gadcli.errors import DataError
+
+    keys, summary, shown = (prompt_key, response_key), Summary(), 0
+    infos = open_files(files, keys, summary)
+    for batch in scan_rows(infos, keys, summary, most_rows=max(n, 16)):
+        rows = {row.row_id - batch.first_id: row for row in batch.rows()}
+        faults = {(f.row or 0) - batch.first_row: f.message for f in batch.findings}
+        for i in range(min(len(batch), n - shown)):
+            row = rows.get(i)
+            if as_json:
+                entry = {"file": batch.file, "row": batch.first_row + i, "fault": faults.get(i)}
+                if row is not None:
+                    entry |= {"messages": row.messages, "teacher": row.teacher}
+
+                print(json.dumps(entry, ensure_ascii=False))
+                continue
+            print(f"-- {batch.file} row {batch.first_row + i}" + ("" if row else f": BAD, {faults.get(i)}"))
+            for message in row.messages if row else []:
+                print(f"{message['role']}: {message['content']}")
+            if row:
+                print(f"teacher: {row.teacher}")
+        shown += min(len(batch), n - shown)
+        if shown >= n:
+            break
+    if summary.file_errors:
+        raise DataError(summary.lines("error")[0].strip(), "gad data check FILES lists every fault")

@@ -1,0 +1,83 @@
+"""`gad data split`: train and held-out files by content hash, so that equal prompts stay together (torch-free)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from gadcli.data.check import Progress, account, failure, open_files, scan_rows
+from gadcli.data.duplicates import content_hash
+from gadcli.data.findings import Summary
+from gadcli.data.rows import RowBatch
+from gadcli.data.writing import RowWriter
+from gadcli.errors import DataError
+
+
+def prompt_hashes(batch: RowBatch, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """A hash of each row's messages: the same on every machine, whatever the file's encoding."""
+    texts = (
+        "\x1e".join([f"{m['role']}\x1f{m['content']}" for m in messages]) for messages in batch.conversations(rows)
+    )
+    return np.fromiter((content_hash(t.encode("utf-8")) for t in texts), np.uint64, len(rows))
+
+
+def split(
+    patterns: list[str], keys: tuple[str, str], shares: dict[str, float], folder: Path, progress: Progress | None = None
+) -> dict[str, int]:
+    """Write `<folder>/train.parquet` and one file a held-out share; returns the rows of each.
+
+    `shares`: name → share of the prompts (below 1), or number of them (1 and above). A row's place depends on its
+    prompt alone: adding rows later moves no other row under shares. Raises DataError for bad rows.
+    """
+    counted = {name: int(share) for name, share in shares.items() if share >= 1}
+    edges = _edges(patterns, keys, shares, counted)
+    summary = Summary()
+    infos = open_files(patterns, keys, summary)
+    names = [*shares, "train"]
+    with ExitStack() as stack:
+        writers = {n: stack.enter_context(RowWriter(folder / f"{n}.parquet", infos, keys)) for n in names}
+        for batch in scan_rows(infos, keys, summary, progress, with_extras=True):
+            account(batch, summary)
+            rows = batch.good()
+            part = np.searchsorted(np.array(edges, np.uint64), prompt_hashes(batch, rows), side="right")
+            for i, name in enumerate(names):
+                writers[name].add(batch, rows[part == i])
+        error = failure(summary, on_bad_row="error", truncation="error", strict=False)
+        if error is not None:
+            raise error
+        empty = [n for n in names if writers[n].rows == 0]
+        if empty:
+            raise DataError(f"{empty[0]} would have no rows", "ask for other shares, or give more rows")
+        for writer in writers.values():
+            writer.commit()
+        return {n: writers[n].rows for n in names}
+
+
+def _edges(patterns: list[str], keys: tuple[str, str], shares: dict[str, float], counted: dict[str, int]) -> list[int]:
+    """Where each held-out part ends on the line of hashes: parts lie side by side from 0."""
+    edges: list[int] = []
+    if not counted:
+        total = 0.0
+        for share in shares.values():
+            total += share
+            edges.append(min(int(total * 2**64), 2**64 - 1))
+        return edges
+    if len(counted) != len(shares):
+        raise DataError("give all held-out parts as shares, or all as numbers", "--val 0.02 --test 0.02")
+    wanted = sum(counted.values())
+    best = np.empty(0, np.uint64)
+    aside = Summary()
+    for batch in scan_rows(open_files(patterns, keys, aside), keys, aside):
+        best = np.unique(np.concatenate([best, prompt_hashes(batch, batch.good())]))[: wanted + 1]
+    if len(best) <= wanted:
+        raise DataError(
+            f"{len(best):,} different prompts cannot give {wanted:,} held-out ones and a rest", "ask for fewer"
+        )
+    at = 0
+    for number in counted.values():
+        at += number
+        edges.append(int(best[at]))
+    return edges

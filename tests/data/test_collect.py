@@ -1,0 +1,205 @@
+"""Collecting teacher answers from a server of ours on loopback: retries, marks, kills, costs, and no key in sight."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_rows import user
+from gadcli.cli.app import run
+from gadcli.data import collect as collect_module
+from teacher_server import Teacher
+
+SECRET = "sk-canary-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+
+def prompts_file(tmp_path: Path, texts: list[str]) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"content": user(t)}) + "\n" for t in texts))
+    return str(path)
+
+
+def words(tmp_path: Path, teacher: Teacher, prompts: str, *more: str) -> list[str]:
+    out = str(tmp_path / "out.parquet")
+    return [
+        "data",
+        "collect",
+        prompts,
+        "-o",
+        out,
+        "--endpoint",
+        teacher.url,
+        "--model",
+        "teacher",
+        "--timeout",
+        "20",
+        *more,
+    ]
+
+
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(tmp_path / "out.parquet").to_pylist()
+
+
+def test_answers_come_in_the_prompts_order_and_train_as_they_are(tmp_path: Path, model_folder: Path) -> None:
+    texts = [f"q{i}" for i in range(40)]
+    with Teacher() as teacher:
+        code = run(
+            words(tmp_path, teacher, prompts_file(tmp_path, texts), "--max-tokens", "64", "--temperature", "0.5")
+        )
+    assert code == 0
+    assert [r["content"] for r in rows(tmp_path)] == [user(t) for t in texts]
+    assert [r["teacher_response"] for r in rows(tmp_path)] == [f"answer to {t}" for t in texts]
+    assert teacher.bodies[0]["max_tokens"] == 64
+    assert teacher.bodies[0]["temperature"] == 0.5
+    assert run(["data", "check", str(tmp_path / "out.parquet"), "-t", str(model_folder), "-q"]) == 0
+
+
+@pytest.mark.parametrize("fault", ["throttle", "crash", "drop", "garbage"])
+def test_a_passing_fault_is_retried_until_the_answer_comes(fault: str, tmp_path: Path) -> None:
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, [f"{fault} me", "plain"]), "-q")) == 0
+    assert teacher.requests[f"{fault} me"] == (2 if fault == "garbage" else 3)
+    assert teacher.requests["plain"] == 1
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_lasting_fault_ends_in_exit_3_and_is_asked_again_next_time(tmp_path: Path, capsys: Any) -> None:
+    prompts = prompts_file(tmp_path, ["down", "fine"])
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts, "--retries", "1", "-q")) == 3
+        assert "1 of 2 prompts got no answer" in capsys.readouterr().err
+        assert len(rows(tmp_path)) == 1
+        assert run(words(tmp_path, teacher, prompts, "--retries", "1", "-q")) == 3
+    assert teacher.requests == {"down": 4, "fine": 1}
+
+
+def test_refusals_and_cut_answers_are_marked_and_left_out_unless_asked_for(tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path, ["fine", "cut", "filter", "refuse", "reject"])
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 0
+        assert [r["content"][0]["content"] for r in rows(tmp_path)] == ["fine"]
+        assert run(words(tmp_path, teacher, prompts, "-q", "--exclude", "none")) == 0
+    assert {r["content"][0]["content"]: r["status"] for r in rows(tmp_path)} == {
+        "fine": "ok", "cut": "truncated", "filter": "refused", "refuse": "refused",
+    }  # fmt: skip
+    assert set(teacher.requests.values()) == {1}  # the second run paid for nothing
+
+
+def test_repeated_prompts_are_asked_once_and_other_settings_anew(tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path, ["same", "same", "other"])
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 0
+        assert teacher.requests == {"same": 1, "other": 1}
+        assert run(words(tmp_path, teacher, prompts, "-q", "--temperature", "0.1")) == 0
+        assert teacher.requests == {"same": 2, "other": 2}
+
+
+def test_requests_at_once_stay_within_concurrency(tmp_path: Path) -> None:
+    with Teacher(delay_s=0.05) as teacher:
+        prompts = prompts_file(tmp_path, [f"q{i}" for i in range(24)])
+        assert run(words(tmp_path, teacher, prompts, "-q", "--concurrency", "6")) == 0
+    assert 2 <= teacher.most_at_once <= 6
+
+
+def test_a_refused_key_stops_at_once_and_appears_nowhere(tmp_path: Path, capfd: Any) -> None:
+    with Teacher(status=401) as teacher:
+        prompts = prompts_file(tmp_path, [f"q{i}" for i in range(50)])
+        assert run(words(tmp_path, teacher, prompts, "--concurrency", "4")) == 2
+    assert teacher.keys == {f"Bearer {SECRET}"}
+    assert sum(teacher.requests.values()) <= 8
+    out, err = capfd.readouterr()
+    assert "401" in err
+    assert "Traceback" not in err
+    everything = out + err + "".join(p.read_text(errors="replace") for p in tmp_path.iterdir())
+    assert SECRET not in everything
+    assert "canary" not in everything
+
+
+def test_an_endpoint_that_rejects_everything_is_a_wrong_request(tmp_path: Path) -> None:
+    with Teacher() as teacher:
+        prompts = prompts_file(tmp_path, [f"reject {i}" for i in range(60)])
+        assert run(words(tmp_path, teacher, prompts, "-q", "--concurrency", "1")) == 2
+    assert sum(teacher.requests.values()) == 5
+
+
+def test_the_cost_is_told(tmp_path: Path, capsys: Any) -> None:
+    with Teacher() as teacher:
+        prompts = prompts_file(tmp_path, [f"q{i}" for i in range(10)])
+        prices = ("--price-in", "1000", "--price-out", "2000")
+        assert run(words(tmp_path, teacher, prompts, "--json", *prices)) == 0
+    told = json.loads(capsys.readouterr().out)
+    # 10 answers of 10 prompt and 5 answer tokens: 100 * 1000/1e6 + 50 * 2000/1e6 = 0.2
+    assert (told["tokens_in"], told["tokens_out"]) == (100, 50)
+    assert told["cost"] == pytest.approx(0.2)
+
+
+def test_plain_text_prompts_and_a_system_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "hello"}\n{"prompt": "[1] is a list"}\n{"prompt": null}\n')
+    with Teacher() as teacher:
+        more = ("--prompt-key", "prompt", "--system", "be brief", "-q")
+        assert run(words(tmp_path, teacher, str(path), *more)) == 0
+    assert teacher.bodies[0]["messages"] == [{"role": "system", "content": "be brief"}, *user("hello")]
+    assert rows(tmp_path)[0]["prompt"][0] == {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_in_the_middle_it_goes_on_without_paying_twice(how: signal.Signals, tmp_path: Path) -> None:
+    count, concurrency = 60, 4
+    prompts = prompts_file(tmp_path, [f"q{i}" for i in range(count)])
+    journal = tmp_path / "out.parquet.journal.jsonl"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with Teacher(delay_s=0.05) as teacher:
+        command = words(tmp_path, teacher, prompts, "--concurrency", str(concurrency))
+        child = subprocess.Popen(
+            [sys.executable, "-m", "gadcli.cli.app", *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 60
+        while (not journal.exists() or journal.read_bytes().count(b"\n") < 15) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.send_signal(how)
+        _, err = child.communicate(timeout=30)
+        assert b"Traceback" not in err
+        if how == signal.SIGINT:
+            assert child.returncode == 130
+            assert b"goes on from there" in err
+        paid = journal.read_bytes().count(b"\n")
+        assert 15 <= paid < count
+        with open(journal, "ab") as file:
+            file.write(b'{"key": "torn')  # as a kill in the middle of a write leaves it
+        assert run([*command, "-q"]) == 0
+    assert [r["teacher_response"] for r in rows(tmp_path)] == [f"answer to q{i}" for i in range(count)]
+    # Only what was in flight at the kill was asked twice.
+    assert sum(teacher.requests.values()) <= count + concurrency
+
+
+def test_two_collectors_on_one_file_are_refused(tmp_path: Path, capsys: Any) -> None:
+    from gadcli.data.journal import Journal
+
+    with Teacher() as teacher, Journal(tmp_path / "out.parquet.journal.jsonl"):
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, ["q"]), "-q")) == 2
+    assert "another collect" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out.parquet").write_text("precious")
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, ["q"]), "-q")) == 2
+    assert (tmp_path / "out.parquet").read_text() == "precious"
+    assert not teacher.requests
