@@ -45,7 +45,7 @@ class Entry:
 
 
 COMMANDS: dict[str, Entry] = {
-    "demo": Entry("Start here", "demo:main", "Three stages, merge and a before/after table on the embedded default."),
+    "demo": Entry("Start here", "demo:main", "All three stages on the embedded default, and what they changed."),
     "doctor": Entry("Start here", "doctor:main", "What this machine has: devices, engines, versions, disk."),
     "data": Entry("Prepare", "data:app", "Analyse, check and collect training data."),
     "preset": Entry("Prepare", "preset:app", "List, show and compare presets."),
@@ -57,7 +57,7 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry("Watch", "monitor:compare", "Runs side by side."),
     "merge": Entry("Use", "merge:main", "Checkpoint shards to Hugging Face safetensors, verified."),
     "eval": Entry("Use", "eval:main", "Score a model on held-out rows: ROUGE-L, lengths, discriminator."),
-    "losslab": Entry("Use", "losslab:app", "Scores through every discriminator loss: value, gradient, resting point."),
+    "losslab": Entry("Use", "losslab:app", "Every discriminator loss: value, gradient, where it rests."),
 }
 
 
