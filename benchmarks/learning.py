@@ -212,6 +212,8 @@ def run_seed(plan: Plan, out: Path, seed: int, arms: list[str], keep: bool) -> N
     """All wanted arms of one seed, each recorded as it ends."""
     wanted = [arm for arm in ARMS if arm in arms or any(arm in NEEDS[other] for other in arms)]
     done = {record["arm"]: record for record in read_results(out) if record["seed"] == seed}
+    if any(found["plan"] != asdict(plan) for found in done.values()):
+        raise SystemExit(f"{out}: holds results of other settings; give another --out")
     if all(arm in done for arm in ["base", *wanted]):
         return
     bench = Bench(plan, out, seed)
