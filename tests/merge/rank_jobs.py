@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from merge.models import build
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import ShardedOptimStateDictConfig, ShardedStateDict
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from gadcli.engine.checkpoint import save_checkpoint
+from merge.models import build
 
 
 def mesh_of(fsdp_size: int) -> DeviceMesh:

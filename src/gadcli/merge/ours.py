@@ -24,7 +24,7 @@ def read_ours(folder: Path, *, trust: bool = False) -> Source:
     allowed, integrity = None, None
     if (checkpoint / MANIFEST).is_file():
         manifest = verify(checkpoint, [f"{name}/"], deep=False)
-        verify(checkpoint, [f"{name}/.metadata"])
+        verify(checkpoint, [f"{name}/.metadata", f"{name}/huggingface/"])
         if f"{name}/.metadata" not in manifest.files:
             raise CheckpointError(f"{folder}: not listed in {MANIFEST}", f"it lists: {', '.join(manifest.models)}")
         allowed = [f.removeprefix(f"{name}/") for f in manifest.files if f.startswith(f"{name}/")]

@@ -14,6 +14,7 @@ from gadcli.merge.source import LoraInfo, Source
 from gadcli.merge.tensors import Files, SourceTensor, read_pieces, read_whole, same_bytes
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -127,6 +128,8 @@ def make_plan(
             _critic_names(named)
             out_config = _critic_config(out_config)
         else:
+            if not out_config.get("architectures"):  # vLLM chooses its model class by it
+                out_config |= _architecture(out_config, "ForCausalLM")
             _drop_tied(named, deltas, out_config, files, notes)
     tensors = [_out(name, tensor, dtype, deltas.get(name)) for name, tensor in named.items()]
     if fuse:
@@ -189,10 +192,15 @@ def _critic_names(named: dict[str, SourceTensor]) -> None:
 
 
 def _critic_config(config: dict[str, Any]) -> dict[str, Any]:
-    said = config.get("architectures") or ["CausalLM"]
-    family = str(said[0]).split("For")[0]
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return config | {"architectures": [f"{family}ForTokenClassification"], "classifier_dropout": 0.0} | labels
+    return config | _architecture(config, "ForTokenClassification") | {"classifier_dropout": 0.0} | labels
+
+
+def _architecture(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """`architectures` for a task: the family the config names, else the model type's; {} where neither is known."""
+    said = config.get("architectures")
+    family = str(said[0]).split("For")[0] if said else _FAMILIES.get(str(config.get("model_type")))
+    return {"architectures": [f"{family}{task}"]} if family else {}
 
 
 def _drop_tied(
