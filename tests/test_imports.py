@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "gadcli"
 # Rooms from the ground up; a module may import from its own room and from lower floors.
 FLOORS = {
     "errors": 0, "config": 1, "algo": 2, "data": 3, "metrics": 3, "dashboard": 4, "engine": 4, "merge": 5,
-    "evaluate": 6, "train": 7, "cli": 8,
+    "evaluate": 6, "train": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "peft", "tensorboard")
 # Modules that start in every parent process, by dotted prefix: none of them may load what is HEAVY.
