@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gadcli.metrics.diagnose import Watch, judge
-from gadcli.metrics.facts import RunFacts
+from gadcli.metrics.facts import RunFacts, read_config
 from gadcli.metrics.health import Alarm, HealthTracker, number
 from gadcli.metrics.runlog import RunLog
 from metrics.generated import LOSSES, SYMPTOMS, Run, bend, header, healthy, write
@@ -170,3 +170,11 @@ def test_rules_take_runs_that_do_not_measure_everything(name: str, missing: str)
 )  # fmt: skip
 def test_numbers_are_short_and_readable(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_settings_come_from_the_config_where_the_header_lacks_them(tmp_path: Path) -> None:
+    # 3e-4 without a point is text to a YAML 1.1 reader
+    (tmp_path / "config.yaml").write_text("actor: {clip_ratio_high: 3e-4, ppo_epochs: 2}\ncritic: {values: all}\n")
+    facts = RunFacts.of({"critic_loss": "v2", "ppo_epochs": 1}, read_config(tmp_path))
+    assert (facts.clip_high, facts.values, facts.loss, facts.ppo_epochs) == (3e-4, "all", "v2", 1)
+    assert read_config(tmp_path / "nowhere") is None

@@ -51,15 +51,14 @@ class RunFacts:
             return value if isinstance(value, str) and value else None
 
         def number(name: str, key: str) -> float | None:
-            value = header.get(name, _dig(config, key))
-            return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+            return _number(header.get(name, _dig(config, key)))
 
         def whole(name: str, key: str) -> int | None:
             value = number(name, key)
             return None if value is None else int(value)
 
         loss = text("critic_loss", "critic.loss")
-        margin = _dig(config, f"critic.{loss}.margin")
+        margin = _number(_dig(config, f"critic.{loss}.margin"))
         return cls(
             stage=text("stage", "stage"),
             objective=text("objective", "actor.objective"),
@@ -76,8 +75,18 @@ class RunFacts:
             loss_mode=text("loss_mode", "actor.policy_loss.loss_mode"),
             actor_lr=number("actor_lr", "actor.optim.lr"),
             critic_lr=number("critic_lr", "critic.optim.lr"),
-            margin=float(margin) if isinstance(margin, (int, float)) else 1.0,
+            margin=1.0 if margin is None else margin,
         )
+
+
+def _number(value: Any) -> float | None:
+    """A number; YAML 1.1 reads 3e-4 (without a point) as text, so text that spells one counts."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def _dig(tree: Mapping[str, Any], dotted: str) -> Any:
