@@ -1,6 +1,7 @@
 # `make demo` and `make test` work on a bare machine with Python 3.11+; both cost nothing to repeat.
 # Variables: PYTHON=python3.11  VENV=.venv  PYTORCH_INDEX=<where torch's CPU build is, if pip does not see it>
 
+export PATH := $(or $(PATH),/usr/local/bin:/usr/bin:/bin)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -11,7 +12,7 @@ install = $(if $(PYTHON),PYTHON=$(PYTHON)) $(if $(PYTORCH_INDEX),PYTORCH_INDEX=$
 	bash requirements/install.sh $(VENV)
 pytest = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: help venv venv-test demo demo-quick test test-fast test-slow check format docs completions wheel clean
+.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-kill check format docs completions wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +37,11 @@ test-fast: venv-test ## tests without the slow ones (real inference engines, man
 
 test-slow: venv-test ## only the slow ones
 	$(pytest) -m slow $(ARGS)
+
+test-kill: venv-test ## kill -9 a saving run 100 times (KILLS=100): nothing committed may be lost
+	rm -rf .test-kill
+	OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(PY) tests/checkpoint/kill_loop.py .test-kill $(or $(KILLS),100)
+	rm -rf .test-kill
 
 check: venv-test ## style, types, import rules, drift of generated files
 	$(BIN)/ruff check .
