@@ -4,7 +4,7 @@ What it does stands in SMALL_WORKER, words separated by blanks: `steps=3` `sleep
 `raise` (no record, code 1), `silent=9` (code without a record), `rank=1` (only this rank misbehaves), `abort` (SIGABRT
 after the record), `hang` (after the steps, forever), `child` (start a child in a session of its own), `deaf` (ignore
 SIGTERM and SIGINT), `spin=3` (seconds of busy work without a record), `others` (the ranks that do not misbehave
-hang).
+hang), `boot=3` (seconds before it listens to signals).
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def main() -> int:
     run_dir, asked = args.run_dir, words()
     mine = "rank" not in asked or int(asked["rank"]) == RANK
     wanted: list[int] = []
+    (run_dir / f"pid_{RANK}").write_text(str(os.getpid()))
+    time.sleep(float(asked.get("boot", "0")))
     if "deaf" in asked:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -50,7 +52,6 @@ def main() -> int:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda n, frame: wanted.append(n))
     print(f"rank {RANK} is up, pid {os.getpid()}", flush=True)
-    (run_dir / f"pid_{RANK}").write_text(str(os.getpid()))
     if "child" in asked:
         child = subprocess.Popen(["sleep", "300"], start_new_session=True)
         (run_dir / f"child_{RANK}").write_text(str(child.pid))

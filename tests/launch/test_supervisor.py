@@ -108,6 +108,18 @@ def test_a_signal_lets_the_workers_save_and_nothing_lives_after(
     assert not any(map(alive, pids))
 
 
+def test_a_stop_while_the_workers_load_ends_them_at_once(start: Start) -> None:
+    parent = start("boot=60", nproc=2)
+    pids = [parent.pid_of("pid_0"), parent.pid_of("pid_1")]
+    os.kill(parent.process.pid, signal.SIGUSR1)  # too early to save anything: no reason to die of it
+    time.sleep(0.3)
+    assert all(map(alive, pids))
+    os.kill(parent.process.pid, signal.SIGTERM)
+    code, _, err = parent.end(10)
+    assert code == 143 and "nothing to save" in err
+    assert not any(map(alive, pids))
+
+
 def test_nothing_lives_after_the_parent_itself_was_killed(start: Start) -> None:
     parent = start("steps=1000 sleep=0.1 child", nproc=2)
     parent.stepping()

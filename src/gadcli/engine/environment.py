@@ -12,6 +12,7 @@ import gadcli
 from gadcli.config.machine import cores, gpus, version_of
 
 LOOPBACK = "127.0.0.1"
+STORE_VARIABLE = "GAD_STORE_FILE"  # where ranks of one machine meet, in place of a socket
 
 # Must stand before torch or vllm is imported. The first keeps vLLM's engine in the trainer's process, the rest quiet.
 ENGINE_VARIABLES = {

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -77,6 +78,7 @@ class Supervisor:
         self._liveness = Liveness(spec.run_dir, spec.timeout_s)
         self._kill_at: float | None = None
         self._dumped = False
+        self._store = Path(tempfile.gettempdir()) / f"gad-store-{self.mark}"
         self._nodes = NodeBoard(spec) if spec.nnodes > 1 else None
         self._other_node: int | None = None  # another machine that gave up first
 
@@ -100,6 +102,7 @@ class Supervisor:
             del env[lifetime.PARENT_VARIABLE]  # the workers' parent will be torch's launcher
             self.workers.append(Worker(self.spec.node_rank * self.spec.nproc, self._start_agent(env)))
             return
+        env[environment.STORE_VARIABLE] = str(self._store)
         env |= {"MASTER_ADDR": environment.LOOPBACK, "MASTER_PORT": str(environment.free_port())}
         for rank in range(self.spec.nproc):
             own = environment.rank_env(env, rank, self.spec.nproc, rank, self.spec.nproc)
@@ -240,6 +243,7 @@ class Supervisor:
             if worker.end is None:
                 worker.end = self._end_of(worker)
         guard.sweep(self.mark)
+        self._store.unlink(missing_ok=True)
         self._release_guard()
         if self.spec.nnodes > 1:
             ends = self._ends_behind_agent()

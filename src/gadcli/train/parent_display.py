@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -104,6 +105,7 @@ class PlainDisplay(Display):
         super().__init__(run_dir)
         self._tail = RecordTail(run_dir)
         self._phase = ""
+        self._began = time.time()
         self._stepped = False
         self._total: int | None = None
 
@@ -119,6 +121,8 @@ class PlainDisplay(Display):
     def _show_start(self) -> None:
         """Until the first step, what the workers are busy with: loading takes a while."""
         status = None if self._stepped else read_status(self.run_dir)
+        if status is not None and status.time < self._began:
+            return  # an earlier launch's
         if status is not None and status.state in ("starting", "running") and status.phase != self._phase:
             self._phase = status.phase
             self.notice(status.phase)
@@ -200,7 +204,7 @@ def plain_record(record: dict[str, Any], total_steps: int | None) -> str:
     if kind == "eval":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items() if value is not None)
         return f"step {record['step']}  eval  {numbers}"
-    if kind == "event":
+    if kind == "event" and record.get("kind") != "eval":  # the eval record says it with its numbers
         level = "" if record.get("level") == "info" else f"{record.get('level')}: "
         return f"step {record.get('step')}  {record.get('kind')}  {level}{record.get('message')}"
     return ""

@@ -86,7 +86,7 @@ def check_free(folder: Path, resolved: Resolved, lineage: dict[str, Any], *, res
     if resume:
         if not can_resume(folder):
             raise ConfigError(f"{folder}: no run to resume", "without --resume this starts one")
-        changed = changes(folder, resolved.config, lineage)
+        changed = changes(folder, resolved.config, lineage) if holds_run(folder) else []
         if changed and not force:
             shown = "; ".join(changed[:SHOWN_DIFFERENCES])
             more = f" (and {len(changed) - SHOWN_DIFFERENCES} more)" if len(changed) > SHOWN_DIFFERENCES else ""

@@ -1,0 +1,107 @@
+"""From workers' ends to one outcome, and the environment they start with: pure functions over real values."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from gadcli.engine import environment
+from gadcli.engine.outcome import Lost, RankEnd, StopRequest, judge, log_tail, oom_kills
+
+NO_STOP = StopRequest()
+
+
+def ended(code: int, message: str = "m") -> dict[str, object]:
+    return {"code": code, "message": message, "hint": "h"}
+
+
+def test_sigkill_is_7_and_6_when_the_kernel_killed_for_memory_meanwhile(tmp_path: Path) -> None:
+    ends = [RankEnd(0, -signal.SIGKILL, 1.0)]
+    assert judge(ends, tmp_path, NO_STOP).code == 7
+    short = judge(ends, tmp_path, NO_STOP, oom=True)
+    assert short.code == 6 and "memory" in short.message and "micro_batch_tokens" in short.hint
+    # only SIGKILL is the kernel's way of freeing memory
+    assert judge([RankEnd(0, -signal.SIGSEGV, 1.0)], tmp_path, NO_STOP, oom=True).code == 7
+
+
+def test_the_kernels_kill_counters_are_summed_and_missing_ones_skipped(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("nr_free_pages 7\noom_kill 2\n")
+    (tmp_path / "events").write_text("max 9\noom 5\noom_kill 3\noom_group_kill 4\n")
+    paths = [str(tmp_path / name) for name in ("vmstat", "events", "absent")]
+    assert oom_kills(paths) == 5  # 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "rank"),
+    [
+        # the peer's 7 came first, but it is a consequence of rank 1's 5
+        ([RankEnd(0, 7, 1.0, record=ended(7)), RankEnd(1, 5, 2.0, record=ended(5))], 5, 1),
+        # whom the parent killed is never the culprit
+        ([RankEnd(0, -9, 1.0, ours=True), RankEnd(1, 3, 2.0, record=ended(3))], 3, 1),
+        # of two with reasons of their own, the first
+        ([RankEnd(0, 6, 2.0, record=ended(6)), RankEnd(1, 3, 1.0, record=ended(3))], 3, 1),
+        # a killed rank counts before the peers that noticed
+        ([RankEnd(0, 7, 1.0, record=ended(7)), RankEnd(1, -9, 2.0)], 7, 1),
+    ],
+)
+def test_the_first_cause_wins_over_its_consequences(tmp_path: Path, ends: list[RankEnd], code: int, rank: int) -> None:
+    outcome = judge(ends, tmp_path, NO_STOP)
+    assert (outcome.code, outcome.rank) == (code, rank)
+
+
+def test_what_a_rank_recorded_counts_more_than_how_its_process_went(tmp_path: Path) -> None:
+    assert judge([RankEnd(0, -signal.SIGABRT, 1.0, record=ended(0))], tmp_path, NO_STOP).code == 0
+
+
+def test_a_frozen_rank_is_named_even_when_its_peers_gave_up_first(tmp_path: Path) -> None:
+    ends = [RankEnd(0, 7, 1.0, record=ended(7)), RankEnd(1, -9, 2.0, ours=True)]
+    outcome = judge(ends, tmp_path, NO_STOP, Lost(1, "rank 1 is stopped"))
+    assert (outcome.code, outcome.rank, outcome.message) == (7, 1, "rank 1 is stopped")
+
+
+def test_a_stop_before_the_workers_listened_is_an_interruption_and_no_loss(tmp_path: Path) -> None:
+    stop = StopRequest(signal.SIGINT)
+    assert judge([RankEnd(0, -signal.SIGINT, 1.0)], tmp_path, stop).code == 130
+    # the same death without anyone asking is a loss
+    assert judge([RankEnd(0, -signal.SIGINT, 1.0)], tmp_path, NO_STOP).code == 7
+
+
+def test_a_logs_end_is_read_without_its_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("a\n\nb\n \nc\n")
+    assert log_tail(tmp_path / "log", 2) == ["b", "c"]
+    assert log_tail(tmp_path / "absent") == []
+
+
+def test_cores_are_shared_out_and_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(environment, "cores", lambda: 8)
+    assert environment.base_env(1, True)["OMP_NUM_THREADS"] == "8"
+    assert environment.base_env(1, True)["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment.base_env(3, True)["OMP_NUM_THREADS"] == "2"  # 8 // 3
+    alone = environment.base_env(16, True)
+    assert alone["OMP_NUM_THREADS"] == "1" and "OMP_WAIT_POLICY" not in alone
+
+
+def test_what_the_user_has_set_stays_and_hub_settings_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    env = environment.base_env(1, True)
+    assert env["OMP_NUM_THREADS"] == "3" and env["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert "HF_HUB_OFFLINE" not in env
+    assert env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def test_sockets_stay_on_loopback_on_one_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert environment.base_env(1, one_node=True)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in environment.base_env(1, one_node=False)
+
+
+def test_a_world_of_one_gets_no_rendezvous_variables() -> None:
+    env = {"RANK": "5", "MASTER_PORT": "1", "HOME": "/h"}
+    assert environment.rank_env(env, 0, 1, 0, 1) == {"HOME": "/h"}
+    assert environment.rank_env({}, 1, 2, 1, 2)["RANK"] == "1"
