@@ -1,4 +1,4 @@
-"""Models of two layers with random weights and a byte-level BPE trained on the spot, of several families, in a second."""
+"""Two-layer models of several families with random weights, and a byte-level BPE trained on the spot, in a second."""
 
 from __future__ import annotations
 

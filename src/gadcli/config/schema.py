@@ -22,8 +22,14 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def opt(default: Any, doc: str, *, min: float | None = None, max: float | None = None,
-        choices: tuple[str, ...] | None = None) -> Any:
+def opt(
+    default: Any,
+    doc: str,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
     """A config field with its documentation and bounds (inclusive)."""
     metadata = {"doc": doc, "min": min, "max": max, "choices": choices}
     if isinstance(default, (list, dict)):
@@ -47,8 +53,9 @@ class LoraConfig:
 @dataclass
 class ModelConfig:
     path: str = opt("", "hub name, local Hugging Face folder, .gguf file, or a run's global_step_N/actor|critic")
-    dtype: str = opt("auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPU",
-                     choices=("auto", "float32", "bfloat16"))
+    dtype: str = opt(
+        "auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPU", choices=("auto", "float32", "bfloat16")
+    )
     num_layers: int = opt(0, "keep only the first layers of the backbone; 0 keeps all", min=0)
     train_layers: int = opt(0, "train only the last layers (and what lies above them); 0 trains all", min=0)
     gradient_checkpointing: bool = opt(False, "recompute activations in backward: less memory, about 30 % slower")
@@ -75,16 +82,22 @@ class PolicyLossConfig:
 @dataclass
 class ActorConfig:
     model: ModelConfig = sub(ModelConfig)
-    objective: str = opt("policy", "what the actor learns from: teacher text (sft) or its own samples (policy)",
-                         choices=("sft", "policy"))
+    objective: str = opt(
+        "policy",
+        "what the actor learns from: teacher text (sft) or its own samples (policy)",
+        choices=("sft", "policy"),
+    )
     optim: OptimConfig = sub(OptimConfig)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off", min=0)
     ppo_epochs: int = opt(1, "passes over one step's samples", min=1, max=100)
     ppo_mini_batch_size: int = opt(0, "prompts an optimiser step; 0 takes the whole batch", min=0)
     micro_batch_tokens: int = opt(16384, "tokens a device forwards at once (gradient accumulation splits by it)", min=1)
     policy_loss: PolicyLossConfig = sub(PolicyLossConfig)
-    loss_agg_mode: str = opt("auto", "how token losses are averaged; auto: token-mean for ppo and dapo, else "
-                             "seq-mean-token-mean", choices=LOSS_AGG_MODES)
+    loss_agg_mode: str = opt(
+        "auto",
+        "how token losses are averaged; auto: token-mean for ppo and dapo, else seq-mean-token-mean",
+        choices=LOSS_AGG_MODES,
+    )
     clip_ratio_low: float = opt(0.2, "lower clip: ratio >= 1 - low", min=0, max=1)
     clip_ratio_high: float = opt(0.2, "upper clip: ratio <= 1 + high", min=0, max=10)
     clip_ratio_c: float = opt(3.0, "dual clip for negative advantages (grpo, ppo, dapo)", min=1)
@@ -164,8 +177,9 @@ class DataConfig:
     train_batch_size: int = opt(128, "prompts a step, over all devices", min=1)
     max_prompt_length: int = opt(1024, "tokens of a prompt, chat template included", min=1)
     max_response_length: int = opt(256, "tokens of an answer, EOS included", min=1)
-    truncation: str = opt("error", "what a teacher answer (or prompt) over its limit gets",
-                          choices=("error", "left", "right", "drop"))
+    truncation: str = opt(
+        "error", "what a teacher answer (or prompt) over its limit gets", choices=("error", "left", "right", "drop")
+    )
     on_bad_row: str = opt("error", "what a bad row gets", choices=("error", "drop"))
     strict: bool = opt(False, "fail on what is otherwise a warning (duplicates, special-token text)")
     shuffle: bool = opt(True, "new order each epoch, from seed and epoch")
@@ -181,12 +195,17 @@ class RolloutConfig:
     top_k: int = opt(-1, "candidates; -1 keeps all", min=-1)
     max_model_len: int = opt(2048, "tokens of prompt and answer together", min=2)
     max_num_seqs: int = opt(128, "sequences decoded at once", min=1)
-    kv_cache_gb: float = opt(0.0, "KV cache in GiB; 0 sizes it from max_num_seqs (CPU) or gpu_memory_utilization", min=0)
+    kv_cache_gb: float = opt(
+        0.0, "KV cache in GiB; 0 sizes it from max_num_seqs (CPU) or gpu_memory_utilization", min=0
+    )
     gpu_memory_utilization: float = opt(0.4, "share of a GPU that the sampler may take", min=0.05, max=0.95)
     enforce_eager: bool = opt(True, "no CUDA graphs; faster start, slower decoding on GPUs")
     tensor_parallel_size: int = opt(1, "devices one engine spans", min=1)
-    sync_tolerance: float = opt(0.0, "largest probe difference in log-prob after a sync; 0 is 1e-3 in float32, "
-                                "and a mean of 0.02 in bfloat16", min=0)
+    sync_tolerance: float = opt(
+        0.0,
+        "largest probe difference in log-prob after a sync; 0 is 1e-3 in float32, and a mean of 0.02 in bfloat16",
+        min=0,
+    )
 
 
 @dataclass
@@ -205,8 +224,9 @@ class TrainerConfig:
     total_steps: int = opt(0, "stop after this many steps; 0 follows total_epochs", min=0)
     max_time_s: float = opt(0.0, "stop (and save) after this many seconds of steps; 0 has no limit", min=0)
     critic_warmup: int = opt(0, "critic-only steps before the actor learns; -1 has no critic at all", min=-1)
-    critic_warmup_until: float = opt(0.0, "end the critic-only phase early at this held-out d_acc; 0 goes by steps",
-                                     min=0, max=1)
+    critic_warmup_until: float = opt(
+        0.0, "end the critic-only phase early at this held-out d_acc; 0 goes by steps", min=0, max=1
+    )
     save_freq: int = opt(0, "steps between checkpoints; 0 saves at the end only", min=0)
     keep_last: int = opt(2, "committed checkpoints to keep", min=2)
     keep_best: str = opt("", "also keep the best by this val metric, e.g. val/rouge_l")

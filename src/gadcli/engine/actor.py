@@ -44,13 +44,20 @@ class Reference:
 class Actor:
     """A causal language model with an optimiser; `model` is sharded, every method is collective."""
 
-    def __init__(self, model: Any, optimizer: Optimizer, cfg: ActorConfig, world: World, temperature: float,
-                 horizon: int) -> None:
+    def __init__(
+        self, model: Any, optimizer: Optimizer, cfg: ActorConfig, world: World, temperature: float, horizon: int
+    ) -> None:
         self.model, self.optimizer, self.cfg, self.world = model, optimizer, cfg, world
         self.temperature, self.horizon = temperature, horizon
 
-    def logprobs(self, groups: Sequence[Group], width: int, *, temperature: float | None = None,
-                 reference: Reference | None = None) -> Tensor:
+    def logprobs(
+        self,
+        groups: Sequence[Group],
+        width: int,
+        *,
+        temperature: float | None = None,
+        reference: Reference | None = None,
+    ) -> Tensor:
         """Log-probs [B, width] of the groups' answers on the host, zeros behind each, without gradients.
 
         At `temperature` (the rollout's by default: the policy that sampled), of the actor or of `reference`.
@@ -93,8 +100,16 @@ class Actor:
                 add_metrics(metrics, parts)
         return metrics
 
-    def _policy_step(self, rollout: Rollout, prompts: list[int], advantages_PG: Tensor, old_BT: Tensor,
-                     ref_BT: Tensor | None, *, first: bool) -> Metrics:
+    def _policy_step(
+        self,
+        rollout: Rollout,
+        prompts: list[int],
+        advantages_PG: Tensor,
+        old_BT: Tensor,
+        ref_BT: Tensor | None,
+        *,
+        first: bool,
+    ) -> Metrics:
         part = rollout.select(prompts)
         groups = part.student_groups()
         lengths = part.lengths
@@ -107,8 +122,14 @@ class Actor:
             batch = _Padded.of(rollout, chosen, layout.lengths, logp_N, entropy_N)
             old, own_old = batch.pick(old_BT), batch.logp_BT.detach()
             old = torch.where(old.isnan(), own_old, old)
-            loss, parts = self._policy_losses(batch, advantages_PG[chosen].to(old.device), old,
-                                              None if ref_BT is None else batch.pick(ref_BT), rows, tokens)
+            loss, parts = self._policy_losses(
+                batch,
+                advantages_PG[chosen].to(old.device),
+                old,
+                None if ref_BT is None else batch.pick(ref_BT),
+                rows,
+                tokens,
+            )
             _check_finite(loss, "the policy loss", [groups[i].row_id for i in indices])
             (loss * weight * self.world.size).backward()
             if weight:
@@ -118,8 +139,9 @@ class Actor:
                 add_metrics(metrics, parts)
         return {**metrics, **self._step([group.row_id for group in groups])}
 
-    def _policy_losses(self, batch: _Padded, advantages_PG: Tensor, old_BT: Tensor, ref_BT: Tensor | None,
-                       rows: float, tokens: float) -> tuple[Tensor, Metrics]:
+    def _policy_losses(
+        self, batch: _Padded, advantages_PG: Tensor, old_BT: Tensor, ref_BT: Tensor | None, rows: float, tokens: float
+    ) -> tuple[Tensor, Metrics]:
         """Policy loss, KL to the reference and entropy bonus of one micro-batch, over global denominators."""
         cfg = self.cfg
         agg = {"rows": rows, "tokens": tokens, "horizon": float(self.horizon)}
@@ -173,8 +195,15 @@ class _Padded:
 
 
 @torch.no_grad()
-def answer_logprobs(model: Any, groups: Sequence[Group], width: int, temperature: float, max_tokens: int,
-                    world: World, reference: Reference | None = None) -> Tensor:
+def answer_logprobs(
+    model: Any,
+    groups: Sequence[Group],
+    width: int,
+    temperature: float,
+    max_tokens: int,
+    world: World,
+    reference: Reference | None = None,
+) -> Tensor:
     """Log-probs [B, width] of the groups' answers in (group, answer) order, on the host."""
     first_row = [0]
     for group in groups:

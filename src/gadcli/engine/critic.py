@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,19 @@ from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
 
 Metrics = dict[str, Mean]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Raw scores from before a step's update: the students' [P, G] (the actor's reward) and the teacher's [P]."""
+
+    student_PG: Tensor
+    teacher_P: Tensor
+
+    @staticmethod
+    def of(pairs_PG1: Tensor) -> Scores:
+        """From scores of pair groups, in which the teacher's answer stands last."""
+        return Scores(pairs_PG1[:, :-1], pairs_PG1[:, -1])
 
 
 class Critic:
@@ -47,20 +61,20 @@ class Critic:
                     out[i] = raw
         return out
 
-    def score_and_update(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
-        """(raw student scores [P, G] from before the update, metrics): one update a mini-batch of prompts.
+    def score_and_update(self, rollout: Rollout) -> tuple[Scores, Metrics]:
+        """(scores from before the update, metrics): one update a mini-batch of prompts.
 
         Where the whole rollout is one mini-batch, the update's own forward pass gives the scores: no pass is wasted.
         """
         batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
-        before_PG = torch.stack(self.score(rollout.student_groups())) if len(batches) > 1 else None
+        before = torch.stack(self.score(rollout.pair_groups())) if len(batches) > 1 else None
         metrics: Metrics = {}
-        seen_PG = torch.zeros(len(rollout.rows), len(rollout.answers[0]))
+        seen = torch.zeros(len(rollout.rows), len(rollout.answers[0]) + 1)
         for prompts in batches:
-            add_metrics(metrics, self._step(rollout, prompts, seen_PG))
-        return (seen_PG if before_PG is None else before_PG), metrics
+            add_metrics(metrics, self._step(rollout, prompts, seen))
+        return Scores.of(seen if before is None else before), metrics
 
-    def _step(self, rollout: Rollout, prompts: list[int], seen_PG: Tensor) -> Metrics:
+    def _step(self, rollout: Rollout, prompts: list[int], seen: Tensor) -> Metrics:
         groups = rollout.select(prompts).pair_groups()
         (pairs,) = sum_over_ranks([sum(len(group.answers) - 1 for group in groups)])
         metrics: Metrics = {}
@@ -80,10 +94,12 @@ class Critic:
                 pairs=pairs,
             )
             if not torch.isfinite(loss.detach()):
-                raise non_finite(f"the discriminator loss is {float(loss.detach())}", [groups[i].row_id for i in indices])
+                raise non_finite(
+                    f"the discriminator loss is {float(loss.detach())}", [groups[i].row_id for i in indices]
+                )
             (loss * weight * self.world.size).backward()
             if weight:
-                seen_PG[[prompts[i] for i in indices]] = student.detach().cpu()
+                seen[[prompts[i] for i in indices]] = raw.detach().cpu()
                 add_metrics(metrics, parts)
         done = self.optimizer.step("critic", [group.row_id for group in groups])
         return {**metrics, **{f"critic/{name}": Mean(value, 1.0) for name, value in done.items()}}

@@ -30,9 +30,12 @@ class World:
         return self.rank == 0
 
     def shard(self, items: list[Any]) -> list[Any]:
-        """This rank's contiguous share of a list whose length the world size divides."""
-        share = len(items) // self.size
-        return items[self.rank * share : (self.rank + 1) * share]
+        """This rank's share of a list whose length the world size divides.
+
+        Every W-th item, so that the first m items of all ranks are the first m of the list: mini-batches then hold the
+        same prompts at any world size.
+        """
+        return items[self.rank :: self.size]
 
 
 def init_world(device: str, fsdp: FsdpConfig) -> World:
@@ -46,7 +49,9 @@ def init_world(device: str, fsdp: FsdpConfig) -> World:
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("trainer.device is cuda, but torch sees no GPU", "trainer.device=cpu, or run `gad doctor`")
+            raise ConfigError(
+                "trainer.device is cuda, but torch sees no GPU", "trainer.device=cpu, or run `gad doctor`"
+            )
         torch.cuda.set_device(local_rank)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -57,6 +62,8 @@ def init_world(device: str, fsdp: FsdpConfig) -> World:
     if size == 1:  # no sockets for a world of one
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         os.environ.update(RANK="0", LOCAL_RANK=str(local_rank), WORLD_SIZE="1")  # vLLM's launcher reads them
+    elif path := os.environ.get("GAD_STORE_FILE"):  # one machine: torch's TCP store listens on every interface
+        dist.init_process_group(backend, store=dist.FileStore(path, size), rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     if fsdp.replicate > 1:

@@ -16,7 +16,12 @@ CHUNK_LOGITS = 32 * 1024 * 1024  # logits alive at once (128 MiB in float32)
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, target_N: torch.Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        target_N: torch.Tensor,
+        temperature: float,
+        chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logp_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
         entropy_N = torch.empty_like(logp_N)

@@ -10,7 +10,7 @@ knows that prefixes are shared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,11 +50,9 @@ class Layout:
     lengths: list[int]
 
     def to(self, device: torch.device) -> Layout:
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in _TENSORS)
-        return Layout(*moved, lengths=self.lengths)
-
-
-_TENSORS = ("ids_RL", "positions_RL", "mask_R1LL", "own_N", "predictor_N", "target_N")
+        """The same layout with its tensors on `device`."""
+        names = ("ids_RL", "positions_RL", "mask_R1LL", "own_N", "predictor_N", "target_N")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def lay_out(groups: Sequence[Group]) -> Layout:

@@ -1,4 +1,4 @@
-"""AdamW with a schedule that is a pure function of the step, global clipping and the guard against non-finite values."""
+"""AdamW, a schedule that is a pure function of the step, global clipping, the guard against non-finite values."""
 
 from __future__ import annotations
 

@@ -59,8 +59,9 @@ class Sampler(ABC):
         """Give back what the sampler holds. The process group may be gone afterwards."""
 
 
-def build_sampler(cfg: RolloutConfig, model_path: str, world: World, *, eos_ids: list[int], dtype: str,
-                  seed: int) -> Sampler:
+def build_sampler(
+    cfg: RolloutConfig, model_path: str, world: World, *, eos_ids: list[int], dtype: str, seed: int
+) -> Sampler:
     """The sampler that `rollout.engine` asks for; `auto` takes vLLM where it is installed.
 
     `model_path` is a Hugging Face folder; its weights are a start, `load` brings today's.
@@ -71,8 +72,10 @@ def build_sampler(cfg: RolloutConfig, model_path: str, world: World, *, eos_ids:
     compute = resolve_dtype(dtype, world.device)
     if engine == "vllm":
         if not importlib.util.find_spec("vllm"):
-            raise ConfigError("rollout.engine is vllm, which is not installed",
-                              "pip install 'gadcli[cpu]' (or [gpu]), or rollout.engine=hf")
+            raise ConfigError(
+                "rollout.engine is vllm, which is not installed",
+                "pip install 'gadcli[cpu]' (or [gpu]), or rollout.engine=hf",
+            )
         from gadcli.engine.rollout_vllm import VllmSampler
 
         return VllmSampler(cfg, model_path, world, eos_ids, compute, seed)

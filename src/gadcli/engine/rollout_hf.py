@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gadcli.config.schema import RolloutConfig
 from gadcli.engine.dist import World
@@ -13,13 +19,39 @@ from gadcli.engine.rows import Answer
 from gadcli.engine.sync import full_tensors
 
 
+class SeededDraw(LogitsProcessor):
+    """Turns greedy decoding into sampling whose draws depend on each prompt's own seed, not on its batch.
+
+    The largest of logits / temperature + Gumbel noise is a sample of their softmax (the Gumbel-max trick).
+    """
+
+    def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device) -> None:
+        self.sampling = sampling
+        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        top_k = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
+        top_p = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        self.warpers = LogitsProcessorList([*top_k, *top_p])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits_BV = self.warpers(input_ids, scores.float() / self.sampling.temperature)
+        shape = (self.sampling.n, logits_BV.shape[1])
+        exponential = torch.cat(
+            [
+                torch.empty(shape, device=logits_BV.device).exponential_(generator=generator)
+                for generator in self.generators
+            ]
+        )
+        return logits_BV - exponential.log()
+
+
 class HfSampler(Sampler):
     """Generates in left-padded batches of at most `rollout.max_num_seqs` sequences."""
 
     name = "hf"
 
-    def __init__(self, cfg: RolloutConfig, model_path: str, world: World, eos_ids: list[int],
-                 dtype: torch.dtype) -> None:
+    def __init__(
+        self, cfg: RolloutConfig, model_path: str, world: World, eos_ids: list[int], dtype: torch.dtype
+    ) -> None:
         self.cfg, self.world, self.eos_ids = cfg, world, eos_ids
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
         self.model.to(world.device).eval()
@@ -51,31 +83,28 @@ class HfSampler(Sampler):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         greedy = sampling.temperature == 0
-        devices = [self.world.device] if self.world.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seeds[0])  # generate has one stream a batch; the batch's first prompt names it
-            out = self.model.generate(
-                ids.to(self.world.device),
-                attention_mask=mask.to(self.world.device),
-                do_sample=not greedy,
-                temperature=None if greedy else sampling.temperature,
-                top_p=None if greedy else sampling.top_p,
-                top_k=0 if sampling.top_k < 0 else sampling.top_k,
-                num_return_sequences=sampling.n,
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=self.eos_ids,
-                pad_token_id=self.eos_ids[0],
-                output_logits=True,
-                return_dict_in_generate=True,
-                use_cache=True,
-            )
+        rows = [i for i in range(len(prompts)) for _ in range(sampling.n)]
+        out = self.model.generate(
+            ids[rows].to(self.world.device),
+            attention_mask=mask[rows].to(self.world.device),
+            do_sample=False,
+            logits_processor=LogitsProcessorList([] if greedy else [SeededDraw(sampling, seeds, self.world.device)]),
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.eos_ids[0],
+            output_logits=True,
+            return_dict_in_generate=True,
+            use_cache=True,
+        )
         drawn = out.sequences[:, longest:].cpu()
         temperature = 1.0 if greedy else sampling.temperature
         logits_BTV = torch.stack(out.logits, dim=1)
-        logp_BT = torch.stack([
-            torch.log_softmax(row.float() / temperature, -1).gather(1, tokens.to(row.device)[:, None])[:, 0]
-            for row, tokens in zip(logits_BTV, drawn, strict=True)
-        ]).cpu()
+        logp_BT = torch.stack(
+            [
+                torch.log_softmax(row.float() / temperature, -1).gather(1, tokens.to(row.device)[:, None])[:, 0]
+                for row, tokens in zip(logits_BTV, drawn, strict=True)
+            ]
+        ).cpu()
         flat = []
         for tokens, logp in zip(drawn.tolist(), logp_BT.tolist(), strict=True):
             kept, finished = cut_at_eos(tokens, self.eos_ids)

@@ -26,11 +26,14 @@ class VllmSampler(Sampler):
 
     name = "vllm"
 
-    def __init__(self, cfg: RolloutConfig, model_path: str, world: World, eos_ids: list[int], dtype: torch.dtype,
-                 seed: int) -> None:
+    def __init__(
+        self, cfg: RolloutConfig, model_path: str, world: World, eos_ids: list[int], dtype: torch.dtype, seed: int
+    ) -> None:
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-            raise ConfigError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0 before vLLM is imported",
-                              "start training with `gad train`, which sets it")
+            raise ConfigError(
+                "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 before vLLM is imported",
+                "start training with `gad train`, which sets it",
+            )
         logging.getLogger("vllm").addHandler(logging.NullHandler())
         with _unchanged_process_state():
             from vllm import LLM
@@ -90,7 +93,9 @@ class VllmSampler(Sampler):
         del self.llm
 
 
-def _engine_arguments(cfg: RolloutConfig, model_path: str, world: World, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+def _engine_arguments(
+    cfg: RolloutConfig, model_path: str, world: World, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": model_path,
         "dtype": str(dtype).removeprefix("torch."),

@@ -6,7 +6,6 @@ Shapes: P prompts on this rank, G answers a prompt, B = P*G rows in (prompt, ans
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import TYPE_CHECKING
 
 import torch

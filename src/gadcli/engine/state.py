@@ -16,10 +16,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Adam's moments and step as `<parameter>/<slot>`; zeros where the optimiser has not stepped yet.
-
-    Zeros are what AdamW starts from, so loading into a fresh optimiser and saving before its first step are the same.
-    """
+    """Adam's moments and step as `<parameter>/<slot>`; made where the optimiser has not stepped, to be loaded into."""
     state: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:

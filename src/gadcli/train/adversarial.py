@@ -23,14 +23,14 @@ def train_adversarial(run: Run) -> None:
         with log.phase("rollout"):
             rollout = run.roll_out(rows, step, log)
         with log.phase("critic"):
-            scores_PG, critic_log = run.critic.score_and_update(rollout)  # scores from before this update
+            scores, critic_log = run.critic.score_and_update(rollout)  # scores from before this update
             log.add(critic_log)
         if run.actor_learns(step):
             with log.phase("actor"):
-                update_actor(run, rollout, scores_PG, log)
+                update_actor(run, rollout, scores.student_PG, log)
         else:
-            log.add(group_advantages(scores_PG, run.cfg.algorithm.adv_estimator)[1])
-        run.finish_step(log, rows, rollout, scores_PG)
+            log.add(group_advantages(scores.student_PG, run.cfg.algorithm.adv_estimator)[1])
+        run.finish_step(log, rows, rollout, scores)
 
 
 def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepLog) -> None:
@@ -52,8 +52,6 @@ def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepL
         )
         rewards_PG = rewards_B.view_as(scores_PG)
         log.add(kl_log)
-    advantages_PG, spread = group_advantages(
-        rewards_PG, cfg.algorithm.adv_estimator, sigma_min=cfg.algorithm.sigma_min
-    )
+    advantages_PG, spread = group_advantages(rewards_PG, cfg.algorithm.adv_estimator, sigma_min=cfg.algorithm.sigma_min)
     log.add(spread)
     log.add(run.actor.update(rollout, advantages_PG, old_BT, ref_BT))

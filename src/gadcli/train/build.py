@@ -44,21 +44,45 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     records.status("load", _step_of(resume_from), state="starting")
 
     actor_model = shard(load_actor(actor_path, cfg.actor.model), world, cfg.fsdp, cfg.actor.model.dtype)
-    actor = Actor(actor_model, Optimizer(actor_model, cfg.actor.optim, cfg.actor.grad_clip, _actor_updates(cfg, progress)),
-                  cfg.actor, world, cfg.rollout.temperature, cfg.data.max_response_length)
+    actor = Actor(
+        actor_model,
+        Optimizer(actor_model, cfg.actor.optim, cfg.actor.grad_clip, _actor_updates(cfg, progress)),
+        cfg.actor,
+        world,
+        cfg.rollout.temperature,
+        cfg.data.max_response_length,
+    )
     critic = _build_critic(cfg, actor_path, world, progress, records)
     reference = _build_reference(cfg, actor_path, actor_model, world)
     eos_ids = [eos_id_of(tokenizer)]
     sampler = None
     if cfg.stage != "seqkd" or val_data is not None:
-        sampler = build_sampler(cfg.rollout, actor_path, world, eos_ids=eos_ids, dtype=cfg.actor.model.dtype,
-                                seed=cfg.trainer.seed)
+        sampler = build_sampler(
+            cfg.rollout, actor_path, world, eos_ids=eos_ids, dtype=cfg.actor.model.dtype, seed=cfg.trainer.seed
+        )
         stop.install()
     row = train_data[0]
-    probe = make_probe(row.prompt_ids + row.teacher_ids, cfg.rollout.sync_tolerance,
-                       resolve_dtype(cfg.actor.model.dtype, world.device))
-    run = Run(cfg, run_dir, world, tokenizer, eos_ids, train_data, val_data, order, actor, sampler, probe, records,
-              stop, progress, reference, critic)
+    probe = make_probe(
+        row.prompt_ids + row.teacher_ids, cfg.rollout.sync_tolerance, resolve_dtype(cfg.actor.model.dtype, world.device)
+    )
+    run = Run(
+        cfg,
+        run_dir,
+        world,
+        tokenizer,
+        eos_ids,
+        train_data,
+        val_data,
+        order,
+        actor,
+        sampler,
+        probe,
+        records,
+        stop,
+        progress,
+        reference,
+        critic,
+    )
     if resume_from is not None:
         restore(run, resume_from)
     _announce(run, resume_from, time.monotonic() - started)
@@ -97,12 +121,18 @@ def _build_critic(cfg: GadConfig, actor_path: str, world: World, progress: Progr
     path = _resolve_together(cfg.critic.model.path, world, "critic") if cfg.critic.model.path else actor_path
     loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed)
     if loaded.fresh_head and cfg.stage == "gad":
-        records.event("note", f"{path} has no scalar head: an untrained discriminator's scores are noise; "
-                              "run the warmup stage first", level="warn", step=0)
+        records.event(
+            "note",
+            f"{path} has no scalar head: an untrained discriminator's scores are noise; run the warmup stage first",
+            level="warn",
+            step=0,
+        )
     model = shard(loaded.model, world, cfg.fsdp, cfg.critic.model.dtype, offload=cfg.fsdp.offload_critic)
     if model.config.vocab_size != _vocabulary(actor_path):
-        raise ConfigError(f"student and critic have different vocabularies: {_vocabulary(actor_path)} and "
-                          f"{model.config.vocab_size}", "they must share a tokenizer")
+        raise ConfigError(
+            f"student and critic have different vocabularies: {_vocabulary(actor_path)} and {model.config.vocab_size}",
+            "they must share a tokenizer",
+        )
     size = cfg.critic.ppo_mini_batch_size or cfg.data.train_batch_size
     updates = progress.total_steps * (cfg.data.train_batch_size // size)
     return Critic(model, Optimizer(model, cfg.critic.optim, cfg.critic.grad_clip, updates), cfg.critic, world)
@@ -116,7 +146,7 @@ def _vocabulary(path: str) -> int:
 
 def _build_reference(cfg: GadConfig, actor_path: str, actor_model: Any, world: World) -> Reference | None:
     """The frozen start, where a KL asks for it; with LoRA it is the actor with its adapters off."""
-    wanted = cfg.actor.use_kl_loss and cfg.actor.kl_loss_coef > 0 or cfg.algorithm.use_kl_in_reward
+    wanted = (cfg.actor.use_kl_loss and cfg.actor.kl_loss_coef > 0) or cfg.algorithm.use_kl_in_reward
     if cfg.stage == "seqkd" or cfg.actor.objective != "policy" or not wanted:
         return None
     if cfg.actor.model.lora.rank:

@@ -29,8 +29,9 @@ def evaluate(run: Run) -> dict[str, float]:
     with log.phase("eval"):
         found = [row for part in gather_objects(_sample_share(run)) for row in part]
     rows = [found_row for _, found_row in sorted({row["index"]: row for row in found}.items())]
-    metrics = summary([Sample(r["student"], r["teacher"], r["student_length"], r["teacher_length"], r["finished"])
-                       for r in rows])
+    metrics = summary(
+        [Sample(r["student"], r["teacher"], r["student_length"], r["teacher_length"], r["finished"]) for r in rows]
+    )
     if run.maybe_critic is not None:
         import torch
 
@@ -39,8 +40,12 @@ def evaluate(run: Run) -> dict[str, float]:
         metrics["val/d_acc"] = d_acc(teacher, student).value
     run.records.eval(run.progress.step, metrics, rows)
     seconds = time.monotonic() - started
-    run.records.event("eval", f"evaluated {len(rows)} held-out rows in {seconds:.1f} s: ROUGE-L "
-                              f"{metrics['val/rouge_l']:.3f}", step=run.progress.step, seconds=seconds)
+    run.records.event(
+        "eval",
+        f"evaluated {len(rows)} held-out rows in {seconds:.1f} s: ROUGE-L {metrics['val/rouge_l']:.3f}",
+        step=run.progress.step,
+        seconds=seconds,
+    )
     return metrics
 
 
@@ -56,8 +61,9 @@ def _sample_share(run: Run) -> list[dict[str, Any]]:
     answers = [group[0] for group in run.sampler.generate([row.prompt_ids for row in data], sampling, seeds)]
     scores: list[list[float | None]] = [[None, None]] * len(data)
     if run.maybe_critic is not None:
-        groups = [Group(row.prompt_ids, [a.ids, row.teacher_ids], row.row_id)
-                  for row, a in zip(data, answers, strict=True)]
+        groups = [
+            Group(row.prompt_ids, [a.ids, row.teacher_ids], row.row_id) for row, a in zip(data, answers, strict=True)
+        ]
         scores = [list(map(float, pair)) for pair in run.maybe_critic.score(groups)]
     return [
         {

@@ -57,6 +57,7 @@ class StageRequest:
     force: bool = False
     as_json: bool = False
     quiet: bool = False
+    with_plan: bool = True
     keep_tensorboard: bool = False
     node_rank: int | None = None
     rdzv_endpoint: str = ""
@@ -153,7 +154,7 @@ def show_plan(prepared: Prepared, request: StageRequest) -> None:
         report = {"plan": prepared.plan.to_json(), "run_dir": str(prepared.run_dir), "notes": prepared.notes}
         say(stream, json.dumps(report, indent=2, ensure_ascii=False))
         return
-    if not request.quiet:
+    if not request.quiet and request.with_plan:
         for line in prepared.plan.render():
             say(stream, line)
         if request.dry_run:

@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gadcli.config.schema import GadConfig
+from gadcli.engine.critic import Scores
 from gadcli.engine.dist import World
 from gadcli.engine.rows import Rollout
-from gadcli.metrics.record import MetricsWriter, write_status
+from gadcli.errors import UnhealthyError
+from gadcli.metrics.diagnose import Watch
+from gadcli.metrics.facts import RunFacts
+from gadcli.metrics.health import Alarm
+from gadcli.metrics.record import MetricsWriter, RunLog, write_status
 from gadcli.metrics.reduce import reduce_means
 from gadcli.metrics.sinks import TensorBoardSink, WandbSink
 from gadcli.train.steplog import StepLog
 
 if TYPE_CHECKING:
     from gadcli.train.run import Run
-
-TRAIN_SAMPLE_EVERY = 1  # steps between training samples in samples.jsonl
 
 
 class Records:
@@ -32,19 +33,30 @@ class Records:
         self.cfg, self.run_dir, self.world = cfg, run_dir, world
         self.writer: MetricsWriter | None = None
         self.sinks: list[TensorBoardSink | WandbSink] = []
+        self.watch = Watch(RunFacts.of({}, dataclasses.asdict(cfg)))
+        self.alarm: Alarm | None = None  # the first that health.on_bad=stop must act on
         text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
         self.config_hash = hashlib.sha256(text.encode()).hexdigest()
         if not world.is_main:
             return
+        if start_step:
+            earlier = RunLog(run_dir)
+            earlier.poll()
+            self.watch.replay(earlier)
         self.writer = MetricsWriter(run_dir, append=True)
         if "tensorboard" in cfg.trainer.logger:
-            sink = TensorBoardSink(run_dir / "tensorboard", start_step + 1 if start_step else None)
+            sink = TensorBoardSink(run_dir / "tensorboard", purge_step=start_step + 1)
             sink.hparams(flat(dataclasses.asdict(cfg)))
             self.sinks.append(sink)
         if "wandb" in cfg.trainer.logger:
             self.sinks.append(
-                WandbSink(run_dir, project="gad", name=cfg.trainer.exp_name, config=flat(dataclasses.asdict(cfg)),
-                          run_id=cfg.trainer.exp_name.replace("/", "-"))
+                WandbSink(
+                    run_dir,
+                    project="gad",
+                    name=cfg.trainer.exp_name,
+                    config=flat(dataclasses.asdict(cfg)),
+                    run_id=cfg.trainer.exp_name.replace("/", "-"),
+                )
             )
 
     def run(self, **info: Any) -> None:
@@ -60,6 +72,7 @@ class Records:
         metrics = reduce_means(log.means) | log.values | log.timings()
         if self.writer is not None:
             self.writer.step(log.step, epoch, metrics)
+            self._tell(self.watch.step(log.step, metrics, epoch))
             for sink in self.sinks:
                 sink.scalars(log.step, metrics)
 
@@ -67,14 +80,31 @@ class Records:
         if self.writer is None:
             return
         self.writer.eval(step, metrics)
+        self._tell(self.watch.eval(step, metrics))
         self.writer.samples(step, "val", samples)
         for sink in self.sinks:
             sink.scalars(step, metrics)
             sink.samples(step, samples[:4])
 
-    def train_sample(self, run: Run, rollout: Rollout | None, scores_PG: torch.Tensor | None) -> None:
+    def _tell(self, alarms: Sequence[Alarm]) -> None:
+        """Write what changed in the run's health; with health.on_bad=stop remember the first that is bad."""
+        for alarm in alarms:
+            self.event("alarm", alarm.message, alarm.level, alarm.step, name=alarm.name, cure=alarm.cure)
+            if alarm.level == "bad" and self.cfg.health.on_bad == "stop":
+                self.alarm = self.alarm or alarm
+
+    def as_error(self) -> UnhealthyError:
+        """The alarm that stopped the run; other ranks only know that there was one."""
+        if self.alarm is None:
+            return UnhealthyError("stopped by health.on_bad=stop")
+        alarm = self.alarm
+        return UnhealthyError(
+            f"step {alarm.step}: {alarm.message} (health.on_bad=stop; saved)", alarm.cure or "gad why RUN tells more"
+        )
+
+    def train_sample(self, run: Run, rollout: Rollout | None, scores: Scores | None) -> None:
         """One rollout of the step, so that the dashboard shows what is being trained on, and histograms."""
-        if self.writer is None or rollout is None or scores_PG is None:
+        if self.writer is None or rollout is None or scores is None:
             return
         row, answer = rollout.rows[0], rollout.answers[0][0]
         decode = run.tokenizer.decode
@@ -82,15 +112,21 @@ class Records:
             "prompt": row.messages[-1]["content"],
             "student": decode(answer.ids, skip_special_tokens=True),
             "teacher": row.teacher,
-            "student_score": float(scores_PG[0, 0]),
-            "teacher_score": None,
+            "student_score": float(scores.student_PG[0, 0]),
+            "teacher_score": float(scores.teacher_P[0]),
         }
         self.writer.samples(run.progress.step, "train", [sample])
         for sink in self.sinks:
             if isinstance(sink, TensorBoardSink):
                 lengths = [float(n) for n in rollout.lengths]
-                sink.histograms(run.progress.step, {"scores/student": scores_PG.flatten().tolist(),
-                                                    "response_length": lengths})
+                sink.histograms(
+                    run.progress.step,
+                    {
+                        "scores/student": scores.student_PG.flatten().tolist(),
+                        "scores/teacher": scores.teacher_P.tolist(),
+                        "response_length": lengths,
+                    },
+                )
 
     def event(self, kind: str, message: str, level: str = "info", step: int | None = None, **more: Any) -> None:
         if self.writer is not None:

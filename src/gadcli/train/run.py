@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, TokenizedRow
 from gadcli.data.order import BatchOrder
 from gadcli.engine.actor import Actor, Reference
-from gadcli.engine.critic import Critic
+from gadcli.engine.critic import Critic, Scores
 from gadcli.engine.dist import World, max_over_ranks, sum_over_ranks
 from gadcli.engine.layout import Group
 from gadcli.engine.rollout import Sampler, Sampling, request_seed
@@ -62,6 +60,7 @@ class Run:
     reference: Reference | None = None
     maybe_critic: Critic | None = None
     synced_step: int = -1
+    unhealthy: bool = False
 
     @property
     def critic(self) -> Critic:
@@ -79,7 +78,7 @@ class Run:
         return step > self.cfg.trainer.critic_warmup or (released is not None and step > released)
 
     def steps(self) -> Iterator[tuple[int, list[TokenizedRow]]]:
-        """(step from 1, this rank's rows), from the one after the last saved until the end, a stop or the time limit."""
+        """(step from 1, this rank's rows), from after the last save until the end, a stop or the time limit."""
         while self.progress.step < self.progress.total_steps:
             step = self.progress.step + 1
             yield step, [self.train_data[i] for i in self.world.shard(self.order.rows(step - 1))]
@@ -87,10 +86,11 @@ class Run:
                 return
 
     def _asked_to_stop(self) -> bool:
-        """Agreed by all ranks, since a signal or the clock may reach one before the others."""
+        """Agreed by all ranks, since a signal, the clock or an alarm may reach one before the others."""
         limit = self.cfg.trainer.max_time_s
         out_of_time = bool(limit) and self.progress.train_seconds >= limit
-        asked = max_over_ranks(2.0 if self.stop.number else float(out_of_time))
+        self.unhealthy = max_over_ranks(float(self.records.alarm is not None)) > 0
+        asked = max_over_ranks(2.0 if self.stop.number or self.unhealthy else float(out_of_time))
         if asked == 1.0:
             self.records.event("note", f"trainer.max_time_s={limit:g} is used up", step=self.progress.step)
         return asked > 0
@@ -125,8 +125,9 @@ class Run:
         log.put("rollout/tokens_per_s", tokens / max(time.monotonic() - start, 1e-9))
         return rollout
 
-    def finish_step(self, log: StepLog, rows: list[TokenizedRow], rollout: Rollout | None = None,
-                    scores_PG: torch.Tensor | None = None) -> None:
+    def finish_step(
+        self, log: StepLog, rows: list[TokenizedRow], rollout: Rollout | None = None, scores: Scores | None = None
+    ) -> None:
         """Reduce once, write, evaluate, save."""
         log.add(length_metrics(rows, rollout, self.cfg.data.max_response_length))
         self.progress.step = log.step
@@ -141,14 +142,16 @@ class Run:
         for name, value in host_metrics(self.world.device).items():
             log.put(name, value)
         self.records.step(log, epoch=log.step / self.order.steps_per_epoch)
-        self.records.train_sample(self, rollout, scores_PG)
+        self.records.train_sample(self, rollout, scores)
         self._eval_and_save(log.step)
 
     def _eval_and_save(self, step: int) -> None:
         trainer = self.cfg.trainer
         if trainer.test_freq and step % trainer.test_freq == 0:
             self.evaluate()
-        if (trainer.save_freq and step % trainer.save_freq == 0) or max_over_ranks(float(self.stop.take_save_request())):
+        if (trainer.save_freq and step % trainer.save_freq == 0) or max_over_ranks(
+            float(self.stop.take_save_request())
+        ):
             save(self)
 
     def evaluate(self) -> None:
@@ -160,11 +163,19 @@ class Run:
         wanted, d_acc = self.cfg.trainer.critic_warmup_until, self.progress.last_eval.get("val/d_acc", 0.0)
         if wanted and d_acc >= wanted and not self.actor_learns(self.progress.step + 1):
             self.progress.released_at = self.progress.step
-            self.records.event("note", f"held-out d_acc {d_acc:.3f} >= {wanted:g}: the actor learns from now on",
-                               step=self.progress.step)
+            self.records.event(
+                "note",
+                f"held-out d_acc {d_acc:.3f} >= {wanted:g}: the actor learns from now on",
+                step=self.progress.step,
+            )
 
     def finish(self) -> None:
-        """The end of the steps: a last evaluation (unless interrupted) and a last checkpoint."""
-        if not self.stop.number:
+        """The end of the steps: a last evaluation (unless interrupted) and a last checkpoint.
+
+        Raises UnhealthyError, after saving, where health.on_bad=stop ended the run.
+        """
+        if not self.stop.number and not self.unhealthy:
             self.evaluate()
         save(self)
+        if self.unhealthy:
+            raise self.records.as_error()

@@ -33,7 +33,8 @@ def save(run: Run) -> None:
         stage=run.cfg.stage,
         config_hash=run.records.config_hash,
         models={name: model_state(role.model) for name, role in roles.items()},
-        optims={name: optimizer_state(role.model, role.optimizer) for name, role in roles.items()},
+        # An optimiser that has not stepped has no moments to keep (a gigabyte of zeros for 135M parameters).
+        optims={name: optimizer_state(r.model, r.optimizer) for name, r in roles.items() if r.optimizer.updates},
         trainer=dataclasses.asdict(progress)
         | {
             "updates": {name: role.optimizer.updates for name, role in roles.items()},
@@ -58,9 +59,11 @@ def restore(run: Run, path: Path) -> None:
     """
     trainer = read_trainer(path)
     for name, role in _roles(run).items():
-        state = {"model": model_state(role.model), "optim": optimizer_state(role.model, role.optimizer)}
-        load_checkpoint(path, name, state)
         role.optimizer.updates = int(trainer["updates"][name])
+        state = {"model": model_state(role.model)}
+        if role.optimizer.updates:
+            state["optim"] = optimizer_state(role.model, role.optimizer)
+        load_checkpoint(path, name, state)
     fields = {field.name for field in dataclasses.fields(run.progress)} - {"total_steps"}
     for key in fields:
         setattr(run.progress, key, trainer[key])

@@ -1,0 +1,140 @@
+"""The demo: three stages on the embedded default, a control beside them, merge, and a table. No torch in this process.
+
+Every part is what a user would type; its command is shown before it runs. What is done already is not done again, so
+a demo that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gadcli.data.smollm import ensure_demo_model
+from gadcli.data.stdlib_text import write_demo_data
+from gadcli.engine.manifest import latest_valid, read_trainer
+from gadcli.errors import CheckpointError, ExitCode, GadError
+from gadcli.metrics.record import METRICS_FILE
+from gadcli.train import parent_folder as folders
+from gadcli.train.demo_report import StageResult, read_result, render
+from gadcli.train.parent import StageRequest, run_stage
+from gadcli.train.parent_display import say
+from gadcli.train.parent_stages import warn
+
+QUICK = {
+    "seqkd": ["trainer.total_steps=5", "data.val_rows=32"],
+    "warmup": ["trainer.total_steps=2", "trainer.critic_warmup=2", "data.val_rows=8"],
+    "gad": ["trainer.total_steps=2", "data.val_rows=32"],
+    "control": ["data.val_rows=32"],
+}
+WARMUP_EVAL = ["data.val_rows=64"]  # only for held-out d_acc: the student is still seqkd's
+UNENDING = "trainer.total_steps=100000"
+
+
+@dataclass
+class Demo:
+    """Where the demo lives and what it was asked for."""
+
+    folder: Path
+    quick: bool = False
+    quiet: bool = False
+    results: list[StageResult] = field(default_factory=list)
+
+    def run(self) -> int:
+        """All of it; returns the exit code of the first part that did not end with 0."""
+        model = ensure_demo_model()
+        files = self._data_files()
+        if not (self.folder / "seqkd").exists():
+            self._command("data", "analyze-tokens", str(files["train"]), "-t", str(model), "--preset", "demo")
+        plan: list[Callable[[], int]] = [
+            lambda: self._stage("seqkd", "seqkd", {"actor.model.path": str(model)}, ["trainer.val_before_train=true"]),
+            lambda: self._stage("warmup", "warmup", {"actor.model.path": self._checkpoint("seqkd", "actor")},
+                                WARMUP_EVAL),
+            lambda: self._stage("gad", "gad", {"actor.model.path": self._checkpoint("warmup", "actor"),
+                                               "critic.model.path": self._checkpoint("warmup", "critic")}, []),
+            lambda: self._stage("control", "seqkd", {"actor.model.path": self._checkpoint("seqkd", "actor")},
+                                [UNENDING, f"trainer.max_time_s={self._adversarial_seconds():.0f}",
+                                 "trainer.seed=2"]),
+        ]  # fmt: skip
+        for part in plan:
+            code = part()
+            if code != ExitCode.OK:
+                return code
+        merged = self.folder / "merged"
+        if not merged.exists():
+            self._command("merge", self._checkpoint("gad", "actor"), "-o", str(merged))
+        self.results = [read_result(self.folder / name, name) for name in ("seqkd", "warmup", "gad", "control")]
+        say(sys.stdout, render(self.results, merged))
+        return int(ExitCode.OK)
+
+    def _data_files(self) -> dict[str, Path]:
+        folder = self.folder / "data"
+        names = {name: folder / f"{name}.parquet" for name in ("train", "val", "test")}
+        if not all(path.exists() for path in names.values()):
+            found = write_demo_data(folder)
+            say(
+                sys.stderr,
+                f"gad: wrote {found.train_rows} rows to train on, {found.val_rows} to tune by and "
+                f"{found.test_rows} that nothing was tuned by, from Python's own docstrings",
+            )
+        return names
+
+    def _stage(self, name: str, stage: str, models: dict[str, str], extra: list[str]) -> int:
+        """Run one stage in its own folder; skip it if it has ended well, resume it if it was interrupted."""
+        folder = self.folder / name
+        if ended_well(folder):
+            return int(ExitCode.OK)
+        data = {"data.train_files": f"[{self.folder / 'data' / 'train.parquet'}]",
+                "data.val_files": f"[{self.folder / 'data' / 'test.parquet'}]"}  # fmt: skip
+        words = [f"{key}={value}" for key, value in {**data, **models}.items()] + extra
+        words += QUICK[name] if self.quick else []
+        flags = {"trainer.output_dir": str(self.folder), "trainer.exp_name": name}
+        resume = folders.can_resume(folder) and latest_valid(folder, lambda line: None, deep=False) is not None
+        force = folder.exists() and not resume
+        self._show("train", stage, "--preset", "demo", "--output-dir", str(self.folder), "--exp-name", name,
+                   *(["--resume"] if resume else []), *words)  # fmt: skip
+        first = name == "seqkd"  # one plan is enough to see what a plan is
+        return run_stage(StageRequest(stage, "demo", None, flags, tuple(words), resume=resume, force=force,
+                                      quiet=self.quiet, with_plan=first))  # fmt: skip
+
+    def _checkpoint(self, name: str, role: str) -> str:
+        found = latest_valid(self.folder / name, warn, deep=False)
+        if found is None:
+            raise CheckpointError(f"{self.folder / name}: no checkpoint", "gad demo --force starts anew")
+        return str(found / role)
+
+    def _adversarial_seconds(self) -> float:
+        """Wall time of the steps of warmup and gad: what the control gets for more supervised training."""
+        return sum(read_trainer(Path(self._checkpoint(name, "actor")).parent)["train_seconds"]
+                   for name in ("warmup", "gad"))  # fmt: skip
+
+    def _show(self, *words: str) -> None:
+        if not self.quiet:
+            say(sys.stderr, f"\n$ gad {shlex.join(words)}")
+
+    def _command(self, *words: str) -> None:
+        """Run another gad command in a process of its own, so that this one stays small."""
+        self._show(*words)
+        done = subprocess.run([sys.executable, "-m", "gadcli", *words], check=False,
+                              stdout=subprocess.DEVNULL if self.quiet else sys.stderr)  # fmt: skip
+        if done.returncode:
+            error = GadError(f"`gad {words[0]}` ended with {done.returncode}")
+            error.exit_code = ExitCode(done.returncode) if done.returncode in set(ExitCode) else ExitCode.BUG
+            raise error
+
+
+def ended_well(folder: Path) -> bool:
+    """Whether a stage's last record says that it was done."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return False
+    lines = path.read_text().splitlines()
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except ValueError:  # torn by a kill
+        return False
+    return last.get("type") == "end" and last.get("code") == 0
