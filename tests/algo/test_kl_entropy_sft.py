@@ -9,6 +9,7 @@ import torch
 
 from algo.mutants import mutated
 from gadcli.algo import entropy, kl, mismatch, sft
+from gadcli.algo.logprobs import next_token_logp, token_logp
 from gadcli.algo.mean import Mean, add_metrics, extreme_of, mean_of
 from gadcli.config import schema
 
@@ -204,3 +205,23 @@ def test_means_add_before_they_divide() -> None:
     with pytest.raises(ValueError, match="max"):
         mean_of(torch.ones(1)) + extreme_of(torch.ones(1), "max")
     assert (extreme_of(torch.tensor([1.0, 5.0]), "min") + extreme_of(torch.tensor([-2.0]), "min")).value == -2.0
+
+
+def test_an_extreme_has_count_one_and_of_nothing_count_zero() -> None:
+    # Reducers divide totals by counts and leave out what has none.
+    assert extreme_of(torch.tensor([1.0, 5.0]), "max") == Mean(torch.tensor(5.0), 1.0, "max")
+    for op, neutral in (("max", -math.inf), ("min", math.inf)):
+        nothing = extreme_of(torch.zeros(0), op)
+        assert nothing.count == 0.0 and float(nothing.total) == neutral and math.isnan(nothing.value)
+
+
+def test_log_probs_are_at_temperature_one_by_default_and_in_float32() -> None:
+    # Logits 0 and ln 3: probabilities 1/4 and 3/4. In bfloat16, 8 and 8.0625 still differ, their logsumexp would not.
+    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0]]])
+    assert next_token_logp(logits, torch.tensor([[0, 1]])).item() == pytest.approx(math.log(0.75), rel=1e-6)
+    assert token_logp(logits, torch.tensor([[0, 1]]))[0].tolist() == pytest.approx([math.log(0.25), math.log(0.5)])
+    low = torch.tensor([[[8.0, 8.0625]]]).bfloat16()
+    expected = -math.log1p(math.exp(-0.0625))
+    assert token_logp(low, torch.tensor([[1]])).item() == pytest.approx(expected, rel=1e-5)
+    entropy_of_low = math.log1p(math.exp(-0.0625)) + 0.0625 * math.exp(-0.0625) / (1 + math.exp(-0.0625))
+    assert entropy.token_entropy(low).item() == pytest.approx(entropy_of_low, rel=1e-5)

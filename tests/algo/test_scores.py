@@ -106,3 +106,14 @@ def test_d_acc_mutant_that_gives_ties_to_the_teacher_is_caught() -> None:
 def test_unknown_values_are_refused() -> None:
     with pytest.raises(ValueError, match="mean"):
         scores.scores(VALUES, MASK, "mean")
+
+
+def test_a_text_of_one_token_has_norm_equal_to_raw() -> None:
+    raw, norm = scores.scores(torch.tensor([[3.0, 9.0]]), torch.tensor([[1, 0]]), "last")
+    assert raw.item() == 3.0 and norm.item() == 3.0
+
+
+def test_bfloat16_values_are_summed_in_float32() -> None:
+    # 256 + 1 is 256 in bfloat16 (spacing 2 there)
+    raw, _ = scores.scores(torch.tensor([[256.0, 1.0]]).bfloat16(), torch.ones(1, 2), "all")
+    assert raw.item() == 257.0
