@@ -1,4 +1,4 @@
-"""Write what is generated: docs/cli.md, docs/config.md, completions/. With --check: fail if any of them is stale."""
+"""Write what is generated: docs/{cli,config,metrics}.md and completions/. With --check: fail if any is stale."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gadcli.cli.app import COMMANDS, app, exists, load
 from gadcli.config.presets import preset_names
 from gadcli.config.schema import STAGES
 from gadcli.config.tree import schema_leaves
+from gadcli.metrics.table import GROUPS, METRICS, Range
 
 REPO = Path(__file__).resolve().parent.parent
 HELP_WIDTH = 100
@@ -95,6 +96,30 @@ def config_page() -> str:
         doc = leaf.doc.replace("|", "\\|")
         lines.append(f"| `{leaf.key}` | `{leaf.default!r}` | {doc} | {allowed} |")
     return "\n".join(lines) + "\n"
+
+
+def metrics_page() -> str:
+    """docs/metrics.md: every metric by group."""
+    intro = (
+        "A healthy range is for the discriminator loss named; `*` is any. Beyond the warning edges `gad why` speaks."
+    )
+    lines = [f"# Metrics\n\n<!-- {NOTE} -->\n\n{intro}"]
+    for group in GROUPS:
+        lines += ["", f"## {group}", "", "| metric | unit | meaning | healthy | too high | too low | cure |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        for row in METRICS.values():
+            if row.group == group:
+                healthy = "; ".join(f"{loss}: {_range(span)}" for loss, span in row.healthy.items())
+                cures = " / ".join(f"`{cure}`" for cure in dict.fromkeys((row.cure, row.cure_low)) if cure)
+                cells = (f"`{row.name}`", row.unit, row.meaning, healthy, row.high_means, row.low_means, cures)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(span: Range) -> str:
+    edges = [f"warn below {span.warn_low:g}"] if span.warn_low > float("-inf") else []
+    edges += [f"warn above {span.warn_high:g}"] if span.warn_high < float("inf") else []
+    return f"{span.low:g} … {span.high:g}" + (f" ({', '.join(edges)})" if edges else "")
 
 
 # --------------------------------------------------------------------------------------- completions
@@ -229,6 +254,7 @@ def pages() -> dict[Path, str]:
     return {
         REPO / "docs" / "cli.md": cli_page(nodes),
         REPO / "docs" / "config.md": config_page(),
+        REPO / "docs" / "metrics.md": metrics_page(),
         REPO / "completions" / "gad.bash": bash_script(nodes),
         REPO / "completions" / "_gad": zsh_script(nodes),
         REPO / "completions" / "gad.fish": fish_script(nodes),
