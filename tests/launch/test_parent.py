@@ -119,7 +119,13 @@ def test_a_folder_with_other_files_only_is_used(place: Path) -> None:
     assert (place / "runs/e/notes.txt").read_text() == "mine"
 
 
-def test_a_run_in_progress_keeps_its_folder_to_itself(place: Path) -> None:
+def peak_mb(pid: int) -> float:
+    """The most memory a process has held, in MB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
+
+
+def test_a_run_in_progress_keeps_its_folder_to_itself_and_its_parent_small(place: Path) -> None:
     env = {**os.environ, "PYTHONPATH": f"{SOURCE}:{HERE}", "SMALL_WORKER": "steps=1000 sleep=0.1"}
     first = subprocess.Popen([*GAD, *SEQKD], cwd=place, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -127,6 +133,7 @@ def test_a_run_in_progress_keeps_its_folder_to_itself(place: Path) -> None:
         for flag in ("--resume", "--force"):
             done = seqkd(place, flag)
             assert done.returncode == 2 and "using this folder now" in done.stderr, done.stderr
+        assert peak_mb(first.pid) <= 120
     finally:
         first.terminate()
         assert first.wait(20) == 143
