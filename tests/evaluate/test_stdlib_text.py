@@ -88,13 +88,27 @@ def test_the_splits_are_large_enough_and_share_no_near_duplicate(files: DemoFile
 
 def test_a_seed_orders_the_training_rows_and_moves_none_between_splits() -> None:
     words = [f"{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
-    entries = [Entry("m", word, "x", f"Sentence number {word} about nothing.") for word in words]
+    entries = [Entry("m", word, "x", f"Only{word} these{word} words{word} differ{word}.") for word in words]
     one, two = stdlib_text.split_entries(entries, 1), stdlib_text.split_entries(entries, 2)
     assert one["val"] == two["val"]
     assert one["test"] == two["test"]
     assert one["train"] != two["train"]
     assert sorted(one["train"], key=lambda e: e.key) == sorted(two["train"], key=lambda e: e.key)
     assert stdlib_text.split_entries(entries, 1) == one
+
+
+def test_sentences_that_differ_by_one_word_stay_together() -> None:
+    pairs = [
+        "Return the mode of it all.",
+        "Return the median of it all.",
+        "Close the file now open here.",
+        "Close the big file now open here.",
+    ]
+    entries = [
+        Entry("m", str(i), "x", sentence) for i, sentence in enumerate([*pairs, "Nothing like the others at all."])
+    ]
+    groups = stdlib_text._near_duplicates(entries)
+    assert sorted(sorted(entry.name for entry in group) for group in groups) == [["0", "1"], ["2", "3"], ["4"]]
 
 
 def test_sources_are_parsed_not_imported_and_fragments_are_left_out(tmp_path: Path) -> None:
