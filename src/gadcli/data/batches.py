@@ -355,6 +355,13 @@ def _note_repeats(summary: Summary, repeats: Repeats, infos: list[FileInfo], fil
 
 def content_fingerprint(path: str, root: Path) -> str:
     """SHA-256 of a file's bytes; remembered with its inode, size and times, so that a file is read once only."""
+    try:
+        return _content_fingerprint(path, root)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from None
+
+
+def _content_fingerprint(path: str, root: Path) -> str:
     stat = os.stat(path)
     seen = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     notes = root / "files"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
 PARTS = 64
-IN_MEMORY = 4_000_000  # hashes kept before they go to disk: 64 MB with their row ids
+IN_MEMORY = 2_000_000  # hashes kept before they go to disk: 32 MB with their row ids
 ENTRY = np.dtype([("hash", "<u8"), ("row", "<i8")])
 
 

@@ -33,9 +33,12 @@ def hash_rows(batch: RowBatch) -> tuple[npt.NDArray[np.int64], Hashes, Hashes]:
     roles = pc.fill_null(pc.index_in(batch.roles, pa.array(ROLES, batch.roles.type)), len(ROLES))
     turns = hash_strings(batch.texts) + roles.to_numpy(zero_copy_only=False).astype(np.uint64)
     # A turn counts by its place in the conversation: the same turns in another order are another prompt.
-    place = np.arange(len(turns)) - np.repeat(batch.starts[:-1], np.diff(batch.starts))
-    turns = _mix(turns * np.uint64(0x9E3779B97F4A7C15) + place.astype(np.uint64))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(turns, dtype=np.uint64)])
-    prompts = _mix(sums[batch.starts[1:]] - sums[batch.starts[:-1]])[good]
+    single = len(turns) == len(batch) and bool((batch.starts[1:] - batch.starts[:-1] == 1).all())
+    place = 0 if single else np.arange(len(turns)) - np.repeat(batch.starts[:-1], np.diff(batch.starts))
+    turns = _mix(turns * np.uint64(0x9E3779B97F4A7C15) + np.uint64(place))
+    if not single:
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(turns, dtype=np.uint64)])
+        turns = sums[batch.starts[1:]] - sums[batch.starts[:-1]]
+    prompts = _mix(turns)[good]
     teachers = hash_strings(batch.teachers)[good]
     return good, prompts, _mix(prompts * np.uint64(3) + teachers)
