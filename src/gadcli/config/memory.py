@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from gadcli.config.modelinfo import ModelShape
-from gadcli.config.schema import GadConfig, ModelConfig
+from gadcli.config.schema import FsdpConfig, GadConfig, ModelConfig
 
 GIB = 2**30
 FP32 = 4
@@ -18,7 +18,7 @@ ADAM_BYTES = 8  # two float32 moments a trainable weight
 LOGITS_CHUNK = 32 * 2**20  # scalars of logits alive at once, as the head has it
 LOGITS_COPIES = 4  # logits, log-softmax, probabilities and their gradient
 KV_CPU_RANGE = (2**28, 2**30)  # what the sampler takes on CPU when rollout.kv_cache_gb is 0
-RUNTIME = {"cpu": 0.7 * GIB, "cuda": 1.2 * GIB}  # torch, transformers; CUDA context and NCCL buffers
+RUNTIME = {"cpu": 1.0 * GIB, "cuda": 1.2 * GIB}  # torch, transformers, what malloc keeps; CUDA context, NCCL buffers
 ENGINE_RUNTIME = {"cpu": 0.7 * GIB, "cuda": 1.0 * GIB}  # vLLM beside weights and KV cache
 HOST_PER_GPU_PROCESS = 5 * GIB
 
@@ -47,6 +47,7 @@ class ModelMemory:
     gathered: float
     activations: float
     logits: float
+    micro_batches: int = 1
 
     @property
     def resident(self) -> float:
@@ -54,8 +55,12 @@ class ModelMemory:
 
     @property
     def updating(self) -> float:
-        """What an update takes on top of what is resident."""
-        return self.gradients + self.gathered + self.activations + self.logits
+        """What an update takes on top of what is resident.
+
+        Gradients fill up while activations are freed; from the second micro-batch on they are there beforehand.
+        """
+        passing = self.activations + self.logits
+        return self.gathered + (self.gradients + passing if self.micro_batches > 1 else max(self.gradients, passing))
 
 
 @dataclass(frozen=True)
@@ -113,36 +118,55 @@ def activation_bytes(shape: ModelShape, cfg: ModelConfig, tokens: int, row_token
     return layers * one_layer + mask
 
 
-def micro_batch(row_tokens: int, budget: int, rows: int) -> int:
-    """Tokens forwarded at once: as many rows as fit the budget, at least one, at most what there is."""
-    return row_tokens * max(1, min(rows, budget // row_tokens))
+@dataclass(frozen=True)
+class Passes:
+    """How one device's share of an optimiser step is cut: `rows` of `row_tokens` at once, in `count` micro-batches."""
+
+    row_tokens: int
+    answer_tokens: int  # of one row
+    rows: int
+    count: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.row_tokens
+
+
+def cut_passes(row_tokens: int, answer_tokens: int, budget: int, rows: int) -> Passes:
+    """As many rows at once as fit the budget of tokens, at least one, at most what there is."""
+    at_once = max(1, min(rows, budget // row_tokens))
+    return Passes(row_tokens, answer_tokens, at_once, -(-rows // at_once))
 
 
 def estimate_model(
-    shape: ModelShape, cfg: ModelConfig, setting: Setting, *, shards: int, tokens: int, row_tokens: int, causal: bool
+    shape: ModelShape, cfg: ModelConfig, setting: Setting, fsdp: FsdpConfig, passes: Passes, *, causal: bool
 ) -> ModelMemory:
     """A model that trains: the student (`causal`, with a vocabulary head) or the discriminator."""
     itemsize = compute_bytes(cfg, setting.device)
+    shards = max(1, setting.world_size // fsdp.replicate)
     total = shape.causal_params if causal else shape.critic_params
     head = (0 if shape.tied else shape.embedding_params) if causal else shape.hidden + 1
     trainable = trainable_params(shape, cfg, total, head)
     adapters = trainable if cfg.lora.rank else 0
-    # The root unit (embedding, head) stays gathered; layers come one after another, the next one prefetched.
-    units = 2 * shape.layer_params + (total - shape.layers * shape.layer_params)
-    gathered = units * itemsize if shards > 1 else (total * itemsize if itemsize != FP32 else 0)
+    # Resharding: the root unit (embedding, head) stays gathered, layers come one after another, the next prefetched.
+    # Without (and in a world of one): all units stay gathered from forward to backward.
+    resharding = fsdp.reshard_after_forward and setting.world_size > 1
+    gathered = total - shape.layers * shape.layer_params + 2 * shape.layer_params if resharding else total
     logits = 0.0
     if causal:
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
-        logits = LOGITS_COPIES * LOGITS_CHUNK * FP32 + (0 if frozen_head else shape.embedding_params * FP32)
+        alive = min(LOGITS_CHUNK, passes.rows * passes.answer_tokens * shape.vocab)
+        logits = LOGITS_COPIES * alive * FP32 + (0 if frozen_head else shape.embedding_params * FP32)
     return ModelMemory(
         parameters=total,
         trainable=trainable,
         weights=(total + adapters) * FP32 / shards,
         gradients=trainable * FP32 / shards,
         optimiser=trainable * ADAM_BYTES / shards,
-        gathered=gathered,
-        activations=activation_bytes(shape, cfg, tokens, row_tokens, itemsize),
+        gathered=gathered * itemsize,
+        activations=activation_bytes(shape, cfg, passes.tokens, passes.row_tokens, itemsize),
         logits=logits,
+        micro_batches=passes.count,
     )
 
 
@@ -170,29 +194,24 @@ def kv_cache_bytes(cfg: GadConfig, setting: Setting, weights: float) -> float:
     return max(token_bytes * (rollout.max_model_len + 256), min(max(wanted, KV_CPU_RANGE[0]), KV_CPU_RANGE[1]))
 
 
-def row_tokens(cfg: GadConfig, answers: int) -> int:
-    """Tokens of the longest row: a prompt, and its answers behind it."""
-    return cfg.data.max_prompt_length + answers * cfg.data.max_response_length
+def passes_of(cfg: GadConfig, setting: Setting, mini_batch: int, budget: int, answers: int) -> Passes:
+    """The passes of one optimiser step on one device, every row (a prompt, its answers behind it) at its limit."""
+    rows = max(1, (mini_batch or cfg.data.train_batch_size) // setting.world_size)
+    answer_tokens = answers * cfg.data.max_response_length
+    return cut_passes(cfg.data.max_prompt_length + answer_tokens, answer_tokens, budget, rows)
 
 
 def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
     """The whole estimate; an upper bound in lengths (every row at its limit), typical in the rest."""
-    shards = max(1, setting.world_size // cfg.fsdp.replicate)
-    rows = max(1, (cfg.actor.ppo_mini_batch_size or cfg.data.train_batch_size) // setting.world_size)
     answers = cfg.rollout.n if cfg.actor.objective == "policy" else 1
-    length = row_tokens(cfg, answers)
-    actor = estimate_model(
-        setting.student, cfg.actor.model, setting, shards=shards, row_tokens=length, causal=True,
-        tokens=micro_batch(length, cfg.actor.micro_batch_tokens, rows),
-    )  # fmt: skip
+    passes = passes_of(cfg, setting, cfg.actor.ppo_mini_batch_size, cfg.actor.micro_batch_tokens, answers)
+    actor = estimate_model(setting.student, cfg.actor.model, setting, cfg.fsdp, passes, causal=True)
     critic = None
     if setting.critic is not None and cfg.trainer.critic_warmup >= 0:
-        rows = max(1, (cfg.critic.ppo_mini_batch_size or cfg.data.train_batch_size) // setting.world_size)
-        length = row_tokens(cfg, cfg.rollout.n + 1)  # the teacher's answer goes with the student's
-        critic = estimate_model(
-            setting.critic, cfg.critic.model, setting, shards=shards, row_tokens=length, causal=False,
-            tokens=micro_batch(length, cfg.critic.micro_batch_tokens, rows),
-        )  # fmt: skip
+        answers = cfg.rollout.n + 1  # the teacher's answer goes with the student's
+        passes = passes_of(cfg, setting, cfg.critic.ppo_mini_batch_size, cfg.critic.micro_batch_tokens, answers)
+        critic = estimate_model(setting.critic, cfg.critic.model, setting, cfg.fsdp, passes, causal=False)
+    shards = max(1, setting.world_size // cfg.fsdp.replicate)
     needs_reference = cfg.actor.use_kl_loss and cfg.actor.objective == "policy" and not cfg.actor.model.lora.rank
     reference = estimate_reference(setting.student, shards) if needs_reference else None
     return _peaks(cfg, setting, actor, reference, critic)

@@ -147,13 +147,8 @@ class Plan:
             )
             yield "steps", self._steps_text(steps)
         tokens = tokens_per_step(cfg)
-        yield (
-            "a step",
-            (
-                f"at most {tokens['sampled']:,} sampled tokens, {tokens['actor_forward']:,} through the student"
-                + (f", {tokens['critic_forward']:,} through the critic" if tokens["critic_forward"] else "")
-            ),
-        )
+        uses = {"sampled": "sampled", "actor_forward": "through the student", "critic_forward": "through the critic"}
+        yield "a step", "at most " + ", ".join(f"{tokens[k]:,} tokens {use}" for k, use in uses.items() if tokens[k])
         if self.student:
             yield "models", self._models_text()
         values = flatten(cfg)
