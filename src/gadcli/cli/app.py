@@ -217,6 +217,10 @@ def dispatch(words: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
+    except SystemExit as error:  # typer's own answer to a broken pipe in a command is sys.exit(1)
+        if isinstance(error.__context__, BrokenPipeError):
+            raise error.__context__ from None
+        raise
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001  the boundary
