@@ -13,6 +13,9 @@ from gadcli.cli.common import JsonOption, QuietOption, print_json
 
 if TYPE_CHECKING:
     from gadcli.config.schema import GadConfig
+    from gadcli.data.audit import CheckSpec
+    from gadcli.data.check import Limits
+    from gadcli.data.findings import Summary
     from gadcli.data.tokenize import ChatTokenizer
 
 app = typer.Typer(help="Analyse, check and collect training data.")
@@ -161,33 +164,51 @@ def check(
     quiet: QuietOption = False,
 ) -> None:
     """Every bad row of FILES in one pass, before a model is loaded; exit 3 if there is one."""
-    from contextlib import ExitStack
-
-    from gadcli.data.audit import CheckSpec, audit, summary_json, verdict
-    from gadcli.data.check import Limits
-    from gadcli.data.report import ProgressBar, check_lines
+    from gadcli.data.audit import CheckSpec, verdict
     from gadcli.errors import ConfigError
 
     one_of("--truncation", truncation, ("error", "left", "right", "drop"))
     one_of("--on-bad-row", on_bad_row, ("error", "drop"))
+    one_of("--fix", fix, (None, "drop", "trim"))
     given = (max_prompt_length, max_response_length, max_model_len)
     if tokenizer is None and (any(given) or preset or show_mask or fix == "trim"):
         raise ConfigError("token limits, --show-mask and --fix trim need a tokenizer", "-t MODEL")
-    if fix is not None:
-        one_of("--fix", fix, ("drop", "trim"))
-        if out is None:
-            raise ConfigError("--fix writes a clean copy and was not told where", "-o clean.parquet")
+    if fix is not None and out is None:
+        raise ConfigError("--fix writes a clean copy and was not told where", "-o clean.parquet")
     cfg = preset_config(preset, stage)
-    defaults = (cfg.data.max_prompt_length, cfg.data.max_response_length, cfg.rollout.max_model_len)
-    limited = preset is not None or any(given)
-    huge = 1 << 62
-    numbers = [g or (d if preset else huge) for g, d in zip(given, defaults, strict=True)]
     spec = CheckSpec(
         keys=pick_keys(cfg, prompt_key, response_key),
         tokenizer=open_tokenizer(tokenizer) if tokenizer else None,
-        limits=Limits(numbers[0], numbers[1], numbers[2], truncation) if limited else None,
+        limits=limits_of(cfg if preset else None, given, truncation),
         strict=strict, on_bad_row=on_bad_row, batch_size=batch_size, fix=fix or "", out=out, val=val or [],
     )  # fmt: skip
+    summary = run_check(files, spec, findings, as_json, quiet)
+    if show_mask:
+        print_masks(files, spec, show_mask)
+    if fixed(summary, spec, quiet):
+        return
+    if error := verdict(summary, spec):
+        raise error
+
+
+def limits_of(cfg: GadConfig | None, given: tuple[int | None, ...], truncation: str) -> Limits | None:
+    """The limits given, over a preset's if there is one; what neither names has no limit. None if nothing does."""
+    from gadcli.data.check import Limits
+
+    if cfg is None and not any(given):
+        return None
+    preset = (cfg.data.max_prompt_length, cfg.data.max_response_length, cfg.rollout.max_model_len) if cfg else None
+    numbers = [g or d for g, d in zip(given, preset or (1 << 62,) * 3, strict=True)]
+    return Limits(numbers[0], numbers[1], numbers[2], truncation)
+
+
+def run_check(files: list[str], spec: CheckSpec, findings: Path | None, as_json: bool, quiet: bool) -> Summary:
+    """The pass, with its progress bar, findings file and summary."""
+    from contextlib import ExitStack
+
+    from gadcli.data.audit import audit, summary_json
+    from gadcli.data.report import ProgressBar, check_lines
+
     bar = ProgressBar("check", quiet)
     with ExitStack() as stack:
         sink = stack.enter_context(open_findings(findings)) if findings else None
@@ -197,25 +218,26 @@ def check(
         print_json(summary_json(summary))
     elif not quiet:
         print("\n".join(check_lines(summary)))
-    if show_mask:
-        print_masks(files, spec, show_mask)
-    error = verdict(summary, spec)
-    if fix and out is not None and out.exists():
-        from gadcli.data.writing import dropped_path
-
-        note(f"wrote {out} ({summary.kept + summary.truncated:,} rows, {summary.truncated:,} of them trimmed) "
-             f"and {dropped_path(out)} ({summary.dropped - summary.truncated:,} dropped)", quiet)  # fmt: skip
-        if not summary.file_errors:
-            return
-    if error is not None:
-        raise error
+    return summary
 
 
-def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+def fixed(summary: Summary, spec: CheckSpec, quiet: bool) -> bool:
+    """Say what a cleaned copy holds; False if none was written, or if some file could not be read at all."""
+    from gadcli.data.writing import dropped_path
+
+    if not spec.fix or spec.out is None or not spec.out.exists():
+        return False
+    note(f"wrote {spec.out} ({summary.kept + summary.truncated:,} rows, {summary.truncated:,} of them trimmed) and "
+         f"{dropped_path(spec.out)} ({summary.dropped - summary.truncated:,} dropped)", quiet)  # fmt: skip
+    return summary.file_errors == 0
+
+
+def one_of(flag: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     from gadcli.errors import ConfigError
 
     if value not in allowed:
-        raise ConfigError(f"{flag} is {value!r}; it is one of {', '.join(allowed)}", f"{flag} {allowed[0]}")
+        names = [a for a in allowed if a]
+        raise ConfigError(f"{flag} is {value!r}; it is one of {', '.join(names)}", f"{flag} {names[0]}")
 
 
 def open_findings(path: Path) -> Any:
@@ -227,7 +249,7 @@ def open_findings(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}", "choose another --findings") from None
 
 
-def print_masks(files: list[str], spec: Any, n: int) -> None:
+def print_masks(files: list[str], spec: CheckSpec, n: int) -> None:
     """Rows as the student sees them: the prompt plain, trained tokens coloured and parted, EOS visible."""
     import os
 

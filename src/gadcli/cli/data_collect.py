@@ -7,11 +7,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gadcli.cli.common import JsonOption, QuietOption, print_json
+
+if TYPE_CHECKING:
+    from gadcli.data.collect import CollectSpec, Tally
 
 PromptsArgument = Annotated[
     list[str], typer.Argument(metavar="PROMPTS...", help="Parquet or jsonl with messages or plain text.")
@@ -62,7 +65,7 @@ def collect(
     """Teacher answers from an OpenAI-compatible API. Killed? The same command goes on; no answer is paid for twice."""
     from dataclasses import asdict
 
-    from gadcli.data.collect import STATUSES, CollectSpec, Tally
+    from gadcli.data.collect import STATUSES, CollectSpec
     from gadcli.data.collect import collect as run_collect
     from gadcli.errors import ConfigError
 
@@ -77,36 +80,36 @@ def collect(
         {k: v for k, v in given.items() if v is not None}, concurrency, retries, timeout, limit, left_out, price_in,
         price_out,
     )  # fmt: skip
-    live, last = sys.stderr.isatty() and not quiet, 0.0
-
-    def show(tally: Tally) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if not quiet and now - last > (0.2 if live else 10.0):
-            last = now
-            print(
-                ("\r\x1b[K" if live else "") + tally.line(spec), end="" if live else "\n", file=sys.stderr, flush=True
-            )
-
     try:
-        tally = run_collect(spec, show)
+        tally = run_collect(spec, Progress(spec, quiet))
     except KeyboardInterrupt:
         print(f"\n{spec.journal} keeps the answers so far; the same command goes on from there", file=sys.stderr)
         raise
-    finally:
-        if live and last:
-            print(file=sys.stderr)
-    excluded = sum(tally.counts[s] for s in left_out)
     if as_json:
         result = asdict(tally)
         del result["started"], result["last_failure"]
         print_json({**result, "counts": dict(tally.counts), "out": str(out), "cost": tally.cost(spec)})
     elif not quiet:
         print(f"{out}: {tally.total:,} prompts, {tally.reused:,} answered before; now {tally.line(spec)}")
-        if excluded:
+        if excluded := sum(tally.counts[s] for s in left_out):
             print(f"{excluded:,} of the new answers left out ({exclude})")
         if tally.repeated or tally.bad_prompts:
             print(f"{tally.repeated:,} repeated prompts asked once, {tally.bad_prompts:,} rows without a usable prompt")
+
+
+class Progress:
+    """The running tally on stderr: one live line in a terminal, else a line every ten seconds."""
+
+    def __init__(self, spec: CollectSpec, quiet: bool) -> None:
+        self.spec, self.quiet, self.live, self.last = spec, quiet, sys.stderr.isatty(), time.monotonic()
+
+    def __call__(self, tally: Tally) -> None:
+        now, over = time.monotonic(), tally.done >= tally.total
+        if self.quiet or (now - self.last < (0.2 if self.live else 10.0) and not (self.live and over)):
+            return
+        self.last = now
+        start, end = ("\r\x1b[K", "\n" if over else "") if self.live else ("", "\n")
+        print(start + tally.line(self.spec), end=end, file=sys.stderr, flush=True)
 
 
 def split(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
 PARTS = 64
-IN_MEMORY = 2_000_000  # hashes kept before they go to disk: 32 MB with their row ids
+IN_MEMORY = 1_000_000  # hashes kept before they go to disk: 16 MB with their row ids
 ENTRY = np.dtype([("hash", "<u8"), ("row", "<i8")])
 
 
@@ -83,7 +83,8 @@ class Repeats:
 
     def result(self, examples: int = 1000) -> tuple[int, list[tuple[int, int]]]:
         """How many rows repeat an earlier one, and some of them as (row, the row it repeats)."""
-        count, found = 0, []
+        count = 0
+        found: list[tuple[int, int]] = []
         for entries in self._parts():
             hashes = np.sort(entries["hash"])  # a plain sort is vectorised; most data needs no more
             if not (hashes[1:] == hashes[:-1]).any():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -27,7 +27,7 @@ class TemplateRefusal(ValueError):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's part for masks; the text inside is rendered as it stands."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -96,7 +96,7 @@ class ChatTemplate:
         plan = self._plans[roles]
         if plan is None:
             return self.jinja(messages)
-        return "".join([messages[p]["content"] if p.__class__ is int else p for p in plan])  # type: ignore[index, misc]
+        return "".join([messages[p]["content"] if p.__class__ is int else p for p in plan])  # type: ignore[misc]
 
     def _plan(self, roles: tuple[str, ...]) -> list[str | int] | None:
         marks = [f"gadmark{i}end" for i in range(len(roles))]  # survives trimming, quoting and capitals
