@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-CHUNK_LOGITS = 32 * 1024 * 1024  # logits alive at once (128 MiB in float32)
+CHUNK_LOGITS = 8 * 1024 * 1024  # logits alive at once (32 MiB in float32, and as much for each of a few temporaries)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
