@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gadcli.engine.safe_load import DTYPES
 from gadcli.errors import CheckpointError
-from gadcli.merge.hf_folder import INDEX, SINGLE
+from gadcli.merge.hf_folder import SINGLE
 from gadcli.merge.source import LoraInfo, Source
-from gadcli.merge.tensors import Files, SourceTensor, read_pieces, read_whole, same_bytes
+from gadcli.merge.tensors import Files, Segments, SourceTensor, read_pieces, read_whole, same_bytes
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -262,28 +263,45 @@ def _shards(tensors: list[OutTensor], limit: int, names: tuple[str, str]) -> lis
     return files
 
 
-def produce(files: Files, tensor: OutTensor) -> Iterator[memoryview]:
-    """The output's bytes of one tensor, in pieces: read, LoRA added in float32, converted."""
+def is_copy(tensor: OutTensor) -> bool:
+    """Whether the output's bytes are the source's own."""
+    return tensor.delta is None and tensor.dtype == tensor.source.dtype
+
+
+def produce(
+    files: Files, tensor: OutTensor, segments: Segments | None = None, *, check: bool = True
+) -> Iterator[memoryview]:
+    """The output's bytes of one tensor, in pieces: read (`check`: CRCs compared), LoRA added in float32, converted.
+
+    segments: gets (bytes, CRC) of what was produced.
+    """
     source = tensor.source
-    if tensor.delta is None and tensor.dtype == source.dtype:
-        yield from read_pieces(files, source)
+    if is_copy(tensor):
+        yield from read_pieces(files, source, segments, check=check)
         return
+    size, crc = 0, 0
+    for piece in _computed(files, tensor, check):
+        yield piece
+        if segments is not None:
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    if segments is not None:
+        segments.append((size, crc))
+
+
+def _computed(files: Files, tensor: OutTensor, check: bool) -> Iterator[memoryview]:
     from gadcli.merge.cast import convert, from_float32, raw_bytes, to_float32
 
-    if tensor.delta is None:
-        for piece in read_pieces(files, source):
+    source, delta = tensor.source, tensor.delta
+    if delta is None:
+        for piece in read_pieces(files, source, check=check):
             yield convert(piece, source.dtype, tensor.dtype)
         return
-    delta = tensor.delta
     a_RI = to_float32(memoryview(read_whole(files, delta.a)), delta.a.dtype).reshape(delta.a.shape)
     b_OR = to_float32(memoryview(read_whole(files, delta.b)), delta.b.dtype).reshape(delta.b.shape)
     row = 0
-    for piece in read_pieces(files, source):
+    for piece in read_pieces(files, source, check=check):
         base = to_float32(piece, source.dtype).reshape(-1, source.shape[1])
         update = (b_OR[row : row + len(base)] @ a_RI) * delta.scale
         update += base
         row += len(base)
         yield raw_bytes(from_float32(update.reshape(-1), tensor.dtype))
-
-
-__all__ = ["INDEX", "Delta", "MergePlan", "OutFile", "OutTensor", "make_plan", "produce", "split_lora"]

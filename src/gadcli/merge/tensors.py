@@ -118,29 +118,39 @@ class Files:
             done += count
 
 
-def read_pieces(files: Files, tensor: SourceTensor, piece: int = PIECE) -> Iterator[memoryview]:
-    """The tensor's bytes in row-major order, in pieces of whole rows where a row fits into `piece`.
+Segments = list[tuple[int, int]]  # (bytes, CRC-32) of consecutive runs
 
-    A piece is valid until the next one is asked for. Raises CheckpointError where a stored CRC does not fit.
+
+def read_pieces(
+    files: Files, tensor: SourceTensor, segments: Segments | None = None, *, check: bool = True
+) -> Iterator[memoryview]:
+    """The tensor's bytes in row-major order, in pieces of whole rows where a row fits into PIECE.
+
+    A piece is valid until the next one is asked for. check: CheckpointError where a stored CRC does not fit.
+    segments: gets (bytes, CRC) of each part as it was read, so that a plain copy need not be hashed twice.
     """
     if not tensor.rowwise:
-        yield memoryview(_assemble(files, tensor).tobytes())
+        data = memoryview(_assemble(files, tensor).tobytes())
+        if segments is not None:
+            segments.append((len(data), zlib.crc32(data)))
+        yield data
         return
-    rows = max(1, piece // tensor.row_bytes)
+    rows = max(1, PIECE // tensor.row_bytes)
     buffer = bytearray(min(rows * tensor.row_bytes, max(tensor.nbytes, 1)))
     view = memoryview(buffer)
     for part in sorted(tensor.parts, key=lambda p: p.offsets):
-        checked = part.at.crc is not None and _whole_storage(part.at)
         crc, done = 0, 0
         while done < part.at.nbytes:
             take = view[: min(len(view), part.at.nbytes - done)]
             files.read(part.at.file, part.at.offset + done, take)
-            if checked:
+            if check:
                 crc = zlib.crc32(take, crc)
             done += len(take)
             yield take
-        if checked and crc != part.at.crc:
+        if check and part.at.crc not in (None, crc) and _whole_storage(part.at):
             raise CheckpointError(f"{part.at.file}: {tensor.name}: CRC differs: damaged", "copy the checkpoint again")
+        if segments is not None:
+            segments.append((part.at.nbytes, crc))
 
 
 def _whole_storage(at: Strided) -> bool:
@@ -199,17 +209,18 @@ def same_bytes(files: Files, a: SourceTensor, b: SourceTensor) -> bool:
     """Whether two tensors hold the same shape, dtype and bits."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    if a.rowwise and b.rowwise:
-        return all(x == y for x, y in zip(_even(files, a), _even(files, b), strict=True))
-    return read_whole(files, a) == read_whole(files, b)
-
-
-def _even(files: Files, tensor: SourceTensor) -> Iterator[bytes]:
-    """The tensor's bytes in pieces of PIECE whatever its parts are, so that two tensors can be compared."""
-    held = bytearray()
-    for piece in read_pieces(files, tensor):
-        held += piece
-        while len(held) >= PIECE:
-            yield bytes(held[:PIECE])
-            del held[:PIECE]
-    yield bytes(held)
+    pieces_a, pieces_b = ([(p.offsets, p.at.shape) for p in t.parts] for t in (a, b))
+    if not (a.rowwise and b.rowwise and pieces_a == pieces_b):
+        return read_whole(files, a) == read_whole(files, b)
+    one, two = bytearray(PIECE), bytearray(PIECE)
+    for left, right in zip(a.parts, b.parts, strict=True):
+        done = 0
+        while done < left.at.nbytes:
+            size = min(PIECE, left.at.nbytes - done)
+            files.read(left.at.file, left.at.offset + done, memoryview(one)[:size])
+            files.read(right.at.file, right.at.offset + done, memoryview(two)[:size])
+            # bytearrays compare by memcmp; memoryviews element by element
+            if (one != two) if size == PIECE else (one[:size] != two[:size]):
+                return False
+            done += size
+    return True

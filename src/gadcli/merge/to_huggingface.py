@@ -24,7 +24,7 @@ from gadcli.merge.plan import FLOATS, MergePlan, make_plan
 from gadcli.merge.source import LoraInfo, Source
 from gadcli.merge.tensors import Files, check_storage, unchecked_storages
 from gadcli.merge.verl import is_verl, read_verl
-from gadcli.merge.write import Stopped, check_written, run_all, write_all
+from gadcli.merge.write import Stopped, Written, run_all, sync_and_check, write_all
 
 DEFAULT_SHARD = 5_000_000_000
 _SLACK = 32 << 20
@@ -249,10 +249,17 @@ def _write(source: Source, plan: MergePlan, side: dict[str, str | Path], files: 
                     assets.copy_durably(content, folder / name)
                 else:
                     assets.write_text(folder / name, content)
-            crcs = write_all(plan, files, folder, _counter("write", plan.nbytes, progress), stop)
-            if options.verify:
-                check_written(plan, folder, crcs, _counter("verify", plan.nbytes, progress), stop)
-                verified.append("every tensor read back")
+            written = Written({}, {})
+            try:
+                count = _counter("write", plan.nbytes, progress)
+                write_all(plan, files, folder, count, stop, written, check=options.verify)
+                count = _counter("verify", plan.nbytes, progress)
+                sync_and_check(plan, written, count, stop, check=options.verify)
+            finally:
+                for fd in written.descriptors.values():
+                    os.close(fd)
+        if options.verify:
+            verified.append("every tensor read back")
         if options.verify:
             verified.append("shards undamaged")
         if options.probe:

@@ -8,13 +8,15 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from gadcli.engine.safe_load import DTYPES
 from gadcli.errors import CheckpointError
 from gadcli.merge.plan import MergePlan, OutFile, OutTensor, produce
-from gadcli.merge.tensors import PIECE, Files
+from gadcli.merge.tensors import PIECE, Files, Segments
 
 # Reading, hashing and writing release the interpreter: two threads keep two cores busy, four a fast disk.
 THREADS = max(2, min(4, os.cpu_count() or 2))
@@ -51,30 +53,39 @@ def check_stop(stop: threading.Event) -> None:
         raise Stopped
 
 
-def write_all(plan: MergePlan, files: Files, folder: Path, progress: Progress, stop: threading.Event) -> dict[str, int]:
-    """Writes and fsyncs every file of the plan into `folder`; returns each tensor's CRC-32 as it was handed over."""
-    crcs: dict[str, int] = {}
-    descriptors: list[int] = []
+@dataclass
+class Written:
+    """Open output files, and for each tensor (bytes, CRC) of what was handed to the disk."""
+
+    descriptors: dict[Path, int]
+    segments: dict[str, Segments]
+
+
+def write_all(
+    plan: MergePlan,
+    files: Files,
+    folder: Path,
+    progress: Progress,
+    stop: threading.Event,
+    written: Written,
+    *,
+    check: bool,
+) -> None:
+    """Writes every file of the plan into `folder`, filling `written`; the caller syncs and closes."""
     jobs: list[tuple[int, OutFile, int]] = []
-    try:
-        for file in plan.files:
-            fd = os.open(folder / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            descriptors.append(fd)
-            os.posix_fallocate(fd, 0, file.nbytes)  # a full disk shows here, not after gigabytes
-            _write(fd, memoryview(file.header), 0)
-            jobs += [(fd, file, i) for i in range(len(file.tensors))]
+    for file in plan.files:
+        path = folder / file.name
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        written.descriptors[path] = fd
+        os.posix_fallocate(fd, 0, file.nbytes)  # a full disk shows here, not after gigabytes
+        _write(fd, memoryview(file.header), 0)
+        jobs += [(fd, file, i) for i in range(len(file.tensors))]
 
-        def job(item: tuple[int, OutFile, int]) -> None:
-            fd, file, i = item
-            crcs[file.tensors[i].name] = _stream(fd, file, i, files, progress, stop)
+    def job(item: tuple[int, OutFile, int]) -> None:
+        fd, file, i = item
+        written.segments[file.tensors[i].name] = _stream(fd, file, i, files, progress, stop, check)
 
-        run_all(job, jobs, stop)
-        for fd in descriptors:
-            os.fsync(fd)
-    finally:
-        for fd in descriptors:
-            os.close(fd)
-    return crcs
+    run_all(job, jobs, stop)
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:
@@ -83,68 +94,71 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-def _stream(fd: int, file: OutFile, i: int, files: Files, progress: Progress, stop: threading.Event) -> int:
+def _stream(
+    fd: int, file: OutFile, i: int, files: Files, progress: Progress, stop: threading.Event, check: bool
+) -> Segments:
     tensor = file.tensors[i]
     at = len(file.header) + file.offsets[i]
     end = at + tensor.nbytes
-    crc = 0
-    for piece in produce(files, tensor):
+    segments: Segments = []
+    for piece in produce(files, tensor, segments if check else None, check=check):
         check_stop(stop)
         _write(fd, piece, at)
-        crc = zlib.crc32(piece, crc)
         at += len(piece)
         progress(len(piece))
     assert at == end, f"{tensor.name}: {end - at} bytes short"
-    return crc
+    return segments
 
 
-def check_written(
-    plan: MergePlan, folder: Path, crcs: dict[str, int], progress: Progress, stop: threading.Event
-) -> dict[str, tuple[int, ...]]:
-    """Reads the files back: header, names, dtypes, shapes and every tensor's CRC; returns the shapes by name.
+def sync_and_check(
+    plan: MergePlan, written: Written, progress: Progress, stop: threading.Event, *, check: bool
+) -> None:
+    """Forces the files to disk and, meanwhile, reads them back (`check`): headers, then every tensor's CRCs.
 
-    The header is parsed from the file and not taken from the plan. Raises CheckpointError at the first difference.
+    The header is parsed from the file and not taken from the plan. CheckpointError at the first difference.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    jobs: list[tuple[Path, OutTensor, int]] = []
-    for file in plan.files:
-        path = folder / file.name
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__")
-        if path.stat().st_size != file.nbytes or len(header) != len(file.tensors):
-            raise CheckpointError(f"{path}: not what was written", "the disk may be failing")
-        for tensor in file.tensors:
-            entry = header[tensor.name]
-            begin, end = entry["data_offsets"]
-            if entry["dtype"] != DTYPES[tensor.dtype][0] or end - begin != tensor.nbytes:
-                raise CheckpointError(f"{path}: {tensor.name} is not what was written", "the disk may be failing")
-            shapes[tensor.name] = tuple(entry["shape"])
-            jobs.append((path, tensor, 8 + length + begin))
+    jobs: list[Callable[[], None]] = [partial(os.fsync, fd) for fd in written.descriptors.values()]
     back = Files()
-
-    def job(item: tuple[Path, OutTensor, int]) -> None:
-        path, tensor, at = item
-        if _crc_of(back, path, at, tensor.nbytes, progress, stop) != crcs[tensor.name]:
-            raise CheckpointError(f"{path}: {tensor.name} reads back differently", "the disk may be failing")
-
+    if check:
+        for file, path in zip(plan.files, written.descriptors, strict=True):
+            for tensor, at in _read_header(file, path):
+                jobs.append(partial(_check_tensor, back, path, at, tensor.name, written, progress, stop))
     try:
-        run_all(job, jobs, stop)
+        run_all(lambda job: job(), jobs, stop)
     finally:
         back.close()
-    return shapes
 
 
-def _crc_of(files: Files, path: Path, at: int, size: int, progress: Progress, stop: threading.Event) -> int:
-    buffer = memoryview(bytearray(min(PIECE, size)))
-    crc = 0
-    end = at + size
-    while at < end:
-        check_stop(stop)
-        take = buffer[: min(len(buffer), end - at)]
-        files.read(path, at, take)
-        crc = zlib.crc32(take, crc)
-        at += len(take)
-        progress(len(take))
-    return crc
+def _read_header(file: OutFile, path: Path) -> list[tuple[OutTensor, int]]:
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__")
+    if path.stat().st_size != file.nbytes or len(header) != len(file.tensors):
+        raise CheckpointError(f"{path}: not what was written", "the disk may be failing")
+    places = []
+    for tensor in file.tensors:
+        entry = header[tensor.name]
+        begin, end = entry["data_offsets"]
+        wanted = (DTYPES[tensor.dtype][0], list(tensor.shape), tensor.nbytes)
+        if (entry["dtype"], entry["shape"], end - begin) != wanted:
+            raise CheckpointError(f"{path}: {tensor.name} is not what was written", "the disk may be failing")
+        places.append((tensor, 8 + length + begin))
+    return places
+
+
+def _check_tensor(
+    files: Files, path: Path, at: int, name: str, written: Written, progress: Progress, stop: threading.Event
+) -> None:
+    buffer = memoryview(bytearray(PIECE))
+    for size, wanted in written.segments[name]:
+        crc, end = 0, at + size
+        while at < end:
+            check_stop(stop)
+            take = buffer[: min(len(buffer), end - at)]
+            files.read(path, at, take)
+            crc = zlib.crc32(take, crc)
+            at += len(take)
+            progress(len(take))
+        if crc != wanted:
+            raise CheckpointError(f"{path}: {name} reads back differently", "the disk may be failing")
