@@ -42,7 +42,7 @@ def answer_values(self: Any, layout: Layout) -> torch.Tensor:
     """The scalar head's value at every answer token [N], float32; the value at a token has read that token."""
     hidden_RLH = _backbone(self, layout)
     own_NH = hidden_RLH.flatten(0, 1)[layout.own_N]
-    return self.score(own_NH)[:, 0].float()
+    return self.score(own_NH)[:, 0].float().clone()  # no view: FSDP2 hooks what a forward pass returns
 
 
 def _backbone(model: Any, layout: Layout) -> torch.Tensor:
@@ -124,12 +124,12 @@ def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
 
 
 def _add_lora(model: PreTrainedModel, cfg: LoraConfig) -> None:
-    targets: Any = "all-linear" if cfg.target_modules == "all-linear" else cfg.target_modules.split(",")
-    if targets == "all-linear":
+    targets = [name.strip() for name in cfg.target_modules.split(",")]
+    if targets == ["all-linear"]:
         inside = {name.rsplit(".", 1)[-1] for name, m in model.model.named_modules() if isinstance(m, nn.Linear)}
         targets = sorted(inside)  # by name, so that heads (lm_head, score) stay out
     inject_adapter_in_model(
-        PeftLoraConfig(r=cfg.rank, lora_alpha=int(cfg.alpha), lora_dropout=cfg.dropout, target_modules=targets), model
+        PeftLoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets), model
     )
 
 
@@ -179,6 +179,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Log-probs that are compared (with the sampler's, with a later pass) must not depend on an adapter's dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

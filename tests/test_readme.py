@@ -1,0 +1,74 @@
+"""Every `gad` command of README runs as written, on stand-ins: a tiny model, 300 rows, runs of one step.
+
+What would train for days is run with --dry-run (its plan must come out); everything else runs for real.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.training import environment, prepare, train
+from tiny import write_tiny_data, write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = [ROOT / "README.md"]
+PLAN_ONLY = ("train", "run")  # subcommands that would train
+ELSEWHERE = ("make", "pip", "vllm", "srun")  # what other tests or no test can run
+
+
+def documented() -> list[str]:
+    """Command lines of the documents' bash blocks, without comments."""
+    lines = []
+    for path in DOCS:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S):
+            lines += [line.split("  #")[0].split(" #")[0].strip() for line in block.splitlines() if line.strip()]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as README's reader has it: answers.parquet, and runs that its commands refer to."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_tiny_model(folder / "model")
+    write_tiny_data(folder / "answers.parquet", 300)
+    for name in ("train.parquet", "val.parquet"):
+        shutil.copy(folder / "answers.parquet", folder / name)
+    (folder / "runs").mkdir()
+    run = prepare(folder / "runs" / "s2", folder, "warmup", "trainer.total_steps=1", "data.val_rows=4")
+    train(run)
+    shutil.copytree(run, folder / "runs" / "s1")
+    (folder / "runs" / "mine").mkdir()
+    shutil.copytree(run, folder / "runs" / "mine" / "gad")
+    return folder
+
+
+def test_every_command_is_known_to_this_test() -> None:
+    commands = documented()
+    assert len(commands) > 12
+    assert {shlex.split(line)[0] for line in commands} <= {"gad", *ELSEWHERE}
+
+
+@pytest.mark.parametrize("line", [line for line in documented() if line.startswith("gad ")])
+def test_a_documented_command_runs(line: str, workplace: Path) -> None:
+    words = [word.replace("Qwen/Qwen3-8B", str(workplace / "model")) for word in shlex.split(line)[1:]]
+    if words[0] in PLAN_ONLY:  # elsewhere: the folders it would write are there already, for the other commands
+        words += ["--output-dir", "elsewhere"] + ([] if "--dry-run" in words else ["--dry-run"])
+    if words[0] == "monitor":
+        words.append("--once")
+    env = environment() | {"GAD_CACHE": str(workplace / "cache"), "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run(
+        [sys.executable, "-m", "gadcli", *words], cwd=workplace, env=env, capture_output=True, text=True, timeout=180,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    if "--dry-run" in words:
+        assert "plan:" in done.stdout
