@@ -270,3 +270,12 @@ def _near_duplicates(entries: list[Entry]) -> list[list[Entry]]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+if __name__ == "__main__":  # a process of its own, for callers that must stay small
+    import sys
+
+    files = write_demo_data(Path(sys.argv[1]))
+    print(
+        f"{files.train_rows} rows to train on, {files.val_rows} to tune by, {files.test_rows} that nothing is tuned by"
+    )

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gadcli.data.smollm import ensure_demo_model
-from gadcli.data.stdlib_text import write_demo_data
 from gadcli.engine.manifest import latest_valid, read_trainer
 from gadcli.errors import CheckpointError, ExitCode, GadError
 from gadcli.metrics.record import METRICS_FILE
@@ -75,12 +74,8 @@ class Demo:
         folder = self.folder / "data"
         names = {name: folder / f"{name}.parquet" for name in ("train", "val", "test")}
         if not all(path.exists() for path in names.values()):
-            found = write_demo_data(folder)
-            say(
-                sys.stderr,
-                f"gad: wrote {found.train_rows} rows to train on, {found.val_rows} to tune by and "
-                f"{found.test_rows} that nothing was tuned by, from Python's own docstrings",
-            )
+            say(sys.stderr, "gad: writing the demo's data from the docstrings of Python's own standard library")
+            self._process("gadcli.data.stdlib_text", str(folder))
         return names
 
     def _stage(self, name: str, stage: str, models: dict[str, str], extra: list[str]) -> int:
@@ -117,12 +112,18 @@ class Demo:
             say(sys.stderr, f"\n$ gad {shlex.join(words)}")
 
     def _command(self, *words: str) -> None:
-        """Run another gad command in a process of its own, so that this one stays small."""
+        """Show and run another gad command."""
         self._show(*words)
-        done = subprocess.run([sys.executable, "-m", "gadcli", *words], check=False,
+        self._process("gadcli", *words)
+
+    def _process(self, module: str, *words: str) -> None:
+        """Run a module in a process of its own, so that this one stays small; its errors have been told by then."""
+        done = subprocess.run([sys.executable, "-m", module, *words], check=False,
                               stdout=subprocess.DEVNULL if self.quiet else sys.stderr)  # fmt: skip
         if done.returncode:
-            error = GadError(f"`gad {words[0]}` ended with {done.returncode}")
+            error = GadError(
+                f"`{module} {words[0]}` ended with exit code {done.returncode}", "its own message is above"
+            )
             error.exit_code = ExitCode(done.returncode) if done.returncode in set(ExitCode) else ExitCode.BUG
             raise error
 
