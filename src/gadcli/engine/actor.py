@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gadcli.algo.aggregate import resolve_agg
 from gadcli.algo.entropy import entropy_bonus
 from gadcli.algo.kl import kl_loss
 from gadcli.algo.mean import Mean, add_metrics
@@ -23,7 +24,7 @@ from gadcli.config.schema import ActorConfig
 from gadcli.engine.accumulate import equal_micro_batches, mini_batches
 from gadcli.engine.dist import World, sum_over_ranks
 from gadcli.engine.layout import Group, lay_out, mask_of, to_padded
-from gadcli.engine.models import adapters_off
+from gadcli.engine.models import adapters_off, without_dropout
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
 
@@ -73,7 +74,7 @@ class Actor:
         for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
             layout = lay_out([groups[i] for i in indices]).to(self.world.device)
             logp_N, entropy_N = self.model.answer_logprobs(layout, 1.0)
-            width = max(layout.lengths)
+            width = max(1, max(layout.lengths))
             mask_BT = mask_of(layout.lengths, width).to(self.world.device)
             loss, parts = sft_loss(to_padded(logp_N, layout.lengths, width), mask_BT, tokens)
             _check_finite(loss, "the supervised loss", [groups[i].row_id for i in indices])
@@ -114,6 +115,7 @@ class Actor:
         groups = part.student_groups()
         lengths = part.lengths
         rows, tokens = sum_over_ranks([sum(n > 0 for n in lengths), sum(lengths)])
+        rows, tokens = max(1.0, rows), max(1.0, tokens)  # a rollout of nothing but empty answers is a loss of 0
         metrics: Metrics = {}
         for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
             chosen = [prompts[i] for i in indices]
@@ -153,13 +155,13 @@ class Actor:
             clip_low=cfg.clip_ratio_low, clip_high=cfg.clip_ratio_high, clip_c=cfg.clip_ratio_c,
             agg=cfg.loss_agg_mode, weights_BT=weights, **agg,
         )  # fmt: skip
-        kl_agg = "seq-mean-token-mean" if cfg.loss_agg_mode == "auto" else cfg.loss_agg_mode
-        bonus, parts = entropy_bonus(batch.entropy_BT, batch.mask_BT, agg=kl_agg, **agg)
+        same_agg = resolve_agg(cfg.policy_loss.loss_mode, cfg.loss_agg_mode)  # all terms weigh tokens alike
+        bonus, parts = entropy_bonus(batch.entropy_BT, batch.mask_BT, agg=same_agg, **agg)
         metrics |= parts
         if cfg.entropy_coeff:
             loss = loss + cfg.entropy_coeff * bonus
         if cfg.use_kl_loss and ref_BT is not None:
-            kl, parts = kl_loss(cfg.kl_loss_type, batch.logp_BT, ref_BT, batch.mask_BT, agg=kl_agg, **agg)
+            kl, parts = kl_loss(cfg.kl_loss_type, batch.logp_BT, ref_BT, batch.mask_BT, agg=same_agg, **agg)
             loss, metrics = loss + cfg.kl_loss_coef * kl, metrics | parts
         return loss, metrics
 
@@ -209,7 +211,7 @@ def answer_logprobs(
     for group in groups:
         first_row.append(first_row[-1] + len(group.answers))
     out_BT = torch.zeros(first_row[-1], width)
-    with reference.off() if reference is not None else nullcontext():
+    with without_dropout(model), reference.off() if reference is not None else nullcontext():
         for indices, weight in equal_micro_batches(groups, max_tokens, world):
             layout = lay_out([groups[i] for i in indices]).to(world.device)
             logp_N, _ = model.answer_logprobs(layout, temperature)

@@ -18,9 +18,12 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Adam's moments and step as `<parameter>/<slot>`; made where the optimiser has not stepped, to be loaded into."""
     state: dict[str, Tensor] = {}
+    known = {id(p) for p in optimizer.parameters}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
+        # FSDP2 swaps parameters for gathered ones between forward and backward; those would be saved as zeros.
+        assert id(p) in known, f"{name} is gathered: take the model's state first"
         slots = optimizer.adamw.state[p]
         if not slots:
             slots["step"] = torch.zeros((), dtype=torch.float32, device=_local(p).device)
