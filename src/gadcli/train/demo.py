@@ -57,7 +57,7 @@ class Demo:
                                                "critic.model.path": self._checkpoint("warmup", "critic")}, []),
             lambda: self._stage("control", "seqkd", {"actor.model.path": self._checkpoint("seqkd", "actor")},
                                 [UNENDING, f"trainer.max_time_s={self._adversarial_seconds():.0f}",
-                                 "trainer.seed=2"]),
+                                 "trainer.seed=4"]),
         ]  # fmt: skip
         for part in plan:
             code = part()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gadcli.train.run import Run
 
 KEPT_SAMPLES = 16  # rows of an evaluation written to samples.jsonl; all of them where the held-out set is small
-EVAL_STEP = 0  # part of every eval's seeds, so that evaluations differ by the weights alone
+EVAL_SEED = 20251113  # not the run's: evaluations of any run and step then differ by the weights alone
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -57,7 +57,7 @@ def _sample_share(run: Run) -> list[dict[str, Any]]:
     indices = list(range(run.world.rank, total, run.world.size)) or [0]
     data = [run.val_data[i] for i in indices]
     sampling = Sampling.of(run.cfg.rollout, run.cfg.data.max_response_length, n=1)
-    seeds = [request_seed(run.cfg.trainer.seed, EVAL_STEP, row.row_id) for row in data]
+    seeds = [request_seed(EVAL_SEED, 0, row.row_id) for row in data]
     answers = [group[0] for group in run.sampler.generate([row.prompt_ids for row in data], sampling, seeds)]
     scores: list[list[float | None]] = [[None, None]] * len(data)
     if run.maybe_critic is not None:
