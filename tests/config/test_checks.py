@@ -32,7 +32,14 @@ def judge(stage: str, *overrides: str, world_size: int = 1, preset: str | None =
         ("gad", ["actor.ppo_mini_batch_size=48"], 1, "does not divide data", "actor.ppo_mini_batch_size=32"),
         ("gad", ["critic.ppo_mini_batch_size=48"], 1, "critic.ppo_mini_batch_size is 48", "ppo_mini_batch_size=32"),
         ("gad", ["actor.ppo_mini_batch_size=2"], 4, "4 processes cannot share", "actor.ppo_mini_batch_size=0"),
-        ("gad", ["rollout.tensor_parallel_size=3"], 4, "divide the 4 processes", "rollout.tensor_parallel_size=1"),
+        ("gad", ["fsdp.replicate=3"], 4, "divide the 4 processes", "fsdp.replicate=1"),
+        ("gad", ["rollout.tensor_parallel_size=2"], 4, "not supported yet", "rollout.tensor_parallel_size=1"),
+        ("gad", ["actor.model.num_layers=2"], 1, "would run all of its layers", "actor.model.num_layers=0"),
+        ("gad", ["actor.model.lora.dropout=0.1"], 1, "differ by chance", "actor.model.lora.dropout=0"),
+        ("gad", ["critic.model.lora.dropout=0.1"], 1, "score differently", "critic.model.lora.dropout=0"),
+        ("gad", ["critic.gradient_penalty=1", "critic.model.gradient_checkpointing=true"], 1,
+         "differentiates twice", "critic.model.gradient_checkpointing=false"),
+        ("warmup", ["trainer.critic_warmup_until=0.7"], 1, "held-out d_acc", "trainer.test_freq=5"),
         # 1024 + 1025 = 2049 > 2048
         ("gad", ["data.max_response_length=1025"], 1, "1024 + 1025 = 2049", "rollout.max_model_len=2049"),
         ("gad", ["trainer.logger=[consol]"], 1, "trainer.logger holds 'consol'", "[console,tensorboard]"),
@@ -62,6 +69,12 @@ def test_the_limit_itself_fits() -> None:
     judge("gad", "rollout.n=2")
 
 
+def test_dropout_and_held_out_releases_are_fine_where_they_act() -> None:
+    judge("seqkd", "actor.model.lora.dropout=0.1")
+    judge("warmup", "trainer.critic_warmup_until=0.7", "trainer.test_freq=5")
+    judge("gad", "critic.gradient_penalty=1")
+
+
 def test_sft_needs_no_group() -> None:
     judge("seqkd", "rollout.n=1")
     judge("warmup", "rollout.n=1", "actor.objective=sft")
@@ -74,6 +87,7 @@ def test_sft_needs_no_group() -> None:
         (["algorithm.use_kl_in_reward=true"], "nothing is subtracted"),
         (["actor.use_kl_loss=true", "actor.kl_loss_coef=0"], "the reference is run for nothing"),
         (["rollout.temperature=0.1"], "hardly differ"),
+        (["data.train_files=[a.parquet]", "trainer.test_freq=5"], "trainer.test_freq: inert without held-out rows"),
         (["critic.loss=v1"], "no upper bound"),
         (["critic.values=all", "data.max_response_length=512"], "saturates"),
         (["trainer.tensorboard.host=0.0.0.0"], "reachable from outside"),

@@ -36,7 +36,8 @@ def build_actor(world: World, path: str, cls: type[Actor] = Actor, *, lora: int 
 def build_critic(world: World, path: str, cls: type[Critic] = Critic, *, seed: int = 5, **settings: Any) -> Critic:
     """An unclipped critic with a scalar head drawn from `seed`; `settings` are fields of CriticConfig."""
     cfg = CriticConfig(**({"optim": OptimConfig(lr=1e-3), "grad_clip": 0.0} | settings))
-    module = shard(load_critic(path, cfg.model, seed).model, world, FsdpConfig(), "float32")
+    loaded = load_critic(path, cfg.model, seed, twice_differentiable=cfg.gradient_penalty > 0)
+    module = shard(loaded.model, world, FsdpConfig(), "float32")
     return cls(module, Optimizer(module, cfg.optim, cfg.grad_clip, 100), cfg, world)
 
 

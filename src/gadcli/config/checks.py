@@ -71,12 +71,10 @@ class Checker:
             if mini % world:
                 message = f"{key} is {mini}, which {world} processes cannot share evenly"
                 self.fail(key, message, f"{key}=0 takes the whole batch")
-        for key, size in (
-            ("rollout.tensor_parallel_size", cfg.rollout.tensor_parallel_size),
-            ("fsdp.replicate", cfg.fsdp.replicate),
-        ):
-            if world % size:
-                self.fail(key, f"{key} is {size}, which does not divide the {world} processes", f"{key}=1")
+        copies = cfg.fsdp.replicate
+        if world % copies:
+            message = f"fsdp.replicate is {copies}, which does not divide the {world} processes"
+            self.fail("fsdp.replicate", message, "fsdp.replicate=1")
 
     def lengths(self) -> None:
         cfg = self.cfg
@@ -127,6 +125,29 @@ class Checker:
             hint = "the discriminator must be of the student's family, with the same tokenizer"
             self.fail("critic.model.path", f"student and critic have different vocabularies: {difference}", hint)
 
+    def unsupported(self) -> None:
+        """Settings that nothing would act on, or that would act wrongly: refused, not ignored."""
+        cfg = self.cfg
+        size = cfg.rollout.tensor_parallel_size
+        if size > 1:
+            message = f"rollout.tensor_parallel_size is {size}, which is not supported yet: every process has an engine"
+            self.fail("rollout.tensor_parallel_size", message, "rollout.tensor_parallel_size=1")
+        if cfg.actor.model.num_layers:
+            message = "actor.model.num_layers cuts the student, but the sampler would run all of its layers"
+            self.fail("actor.model.num_layers", message, "actor.model.num_layers=0 (critic.model.num_layers is fine)")
+        if cfg.actor.model.lora.dropout and cfg.actor.objective == "policy":
+            message = "actor.model.lora.dropout makes old and new log-probs differ by chance under objective=policy"
+            self.fail("actor.model.lora.dropout", message, "actor.model.lora.dropout=0")
+        if cfg.critic.model.lora.dropout:
+            message = "critic.model.lora.dropout makes equal texts score differently by chance"
+            self.fail("critic.model.lora.dropout", message, "critic.model.lora.dropout=0")
+        if cfg.critic.gradient_penalty and cfg.critic.model.gradient_checkpointing:
+            message = "critic.gradient_penalty differentiates twice, which gradient checkpointing does not support"
+            self.fail("critic.gradient_penalty", message, "critic.model.gradient_checkpointing=false")
+        if cfg.trainer.critic_warmup_until and not cfg.trainer.test_freq:
+            message = "trainer.critic_warmup_until looks at held-out d_acc, and trainer.test_freq is 0"
+            self.fail("trainer.critic_warmup_until", message, "trainer.test_freq=5")
+
     def warnings(self) -> Iterator[str]:
         """What is legal and probably not meant."""
         cfg = self.cfg
@@ -148,10 +169,23 @@ class Checker:
             yield from self._critic_warnings()
         if cfg.trainer.total_steps and cfg.trainer.critic_warmup * 2 >= cfg.trainer.total_steps:
             yield _long_warmup(cfg.trainer.critic_warmup, cfg.trainer.total_steps)
+        if cfg.data.train_files and not (cfg.data.val_files or cfg.data.val_rows):
+            yield from self._without_held_out_rows()
         if cfg.trainer.tensorboard.host not in LOOPBACK:
             yield f"trainer.tensorboard.host={cfg.trainer.tensorboard.host}: TensorBoard will be reachable from outside"
         if critic.loss == "original" and critic.values == "all" and cfg.data.max_response_length > LONG_RESPONSE:
             yield "critic.values=all with critic.loss=original saturates on long answers; critic.values=last"
+
+    def _without_held_out_rows(self) -> Iterator[str]:
+        trainer = self.cfg.trainer
+        wanted = {
+            "trainer.test_freq": trainer.test_freq,
+            "trainer.keep_best": trainer.keep_best,
+            "trainer.val_before_train": trainer.val_before_train,
+            "trainer.critic_warmup_until": trainer.critic_warmup_until,
+        }
+        if inert := [key for key, value in wanted.items() if value]:
+            yield f"{', '.join(inert)}: inert without held-out rows; set data.val_files or data.val_rows"
 
     def _critic_warnings(self) -> Iterator[str]:
         cfg = self.cfg
@@ -224,6 +258,7 @@ def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None
     checker.division()
     checker.lengths()
     checker.trainer()
+    checker.unsupported()
     checker.roles()
     checker.vocabularies()
     return list(checker.warnings())

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gadcli.algo.discriminator import discriminator_loss
+from gadcli.algo.discriminator import discriminator_loss, gradient_penalty
 from gadcli.algo.mean import Mean, add_metrics
 from gadcli.algo.scores import scores
 from gadcli.config.schema import CriticConfig
 from gadcli.engine.accumulate import equal_micro_batches, mini_batches
 from gadcli.engine.dist import World, sum_over_ranks
 from gadcli.engine.layout import Group, Layout, lay_out, mask_of, to_padded
+from gadcli.engine.models import kept_gathered
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
 
@@ -54,7 +55,8 @@ class Critic:
         out: list[Tensor] = [torch.empty(0)] * len(groups)
         for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
             chosen = [groups[i] for i in indices]
-            raw_B, _ = self._forward(lay_out(chosen))
+            layout = lay_out(chosen).to(self.world.device)
+            raw_B, _ = self._pool(self.model.answer_values(layout), layout)
             if weight:
                 sizes = [len(group.answers) for group in chosen]
                 for i, raw in zip(indices, torch.split(raw_B.cpu(), sizes), strict=True):
@@ -76,10 +78,12 @@ class Critic:
 
     def _step(self, rollout: Rollout, prompts: list[int], seen: Tensor) -> Metrics:
         groups = rollout.select(prompts).pair_groups()
-        (pairs,) = sum_over_ranks([sum(len(group.answers) - 1 for group in groups)])
+        pairs, prompts_all = sum_over_ranks([sum(len(group.answers) - 1 for group in groups), len(groups)])
         metrics: Metrics = {}
         for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
-            raw_B, norm_B = self._forward(lay_out([groups[i] for i in indices]))
+            layout = lay_out([groups[i] for i in indices]).to(self.world.device)
+            values_N, embeds_RLH = self._values(layout)
+            raw_B, norm_B = self._pool(values_N, layout)
             raw, norm = raw_B.view(len(indices), -1), norm_B.view(len(indices), -1)  # the teacher's is the last
             student, teacher = raw[:, :-1], raw[:, -1:].expand(-1, raw.shape[1] - 1)
             loss, parts = discriminator_loss(
@@ -93,6 +97,9 @@ class Critic:
                 centring=self.cfg.centring,
                 pairs=pairs,
             )
+            if embeds_RLH is not None:
+                penalty, more = self._penalty(raw[:, -1], embeds_RLH, prompts_all)
+                loss, parts = loss + penalty, parts | more
             if not torch.isfinite(loss.detach()):
                 raise non_finite(
                     f"the discriminator loss is {float(loss.detach())}", [groups[i].row_id for i in indices]
@@ -104,10 +111,20 @@ class Critic:
         done = self.optimizer.step("critic", [group.row_id for group in groups])
         return {**metrics, **{f"critic/{name}": Mean(value, 1.0) for name, value in done.items()}}
 
-    def _forward(self, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _values(self, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """The value at every answer token, and the input embeddings where a gradient penalty will ask for them."""
+        if self.cfg.gradient_penalty:
+            values_N, embeds_RLH = self.model.answer_values_and_embeds(layout)
+            return values_N, embeds_RLH
+        return self.model.answer_values(layout), None
+
+    def _penalty(self, teacher_R: Tensor, embeds_RLH: Tensor, rows: float) -> tuple[Tensor, Metrics]:
+        """R1 on the teacher's text alone: a row's other answers share its prompt, but its teacher cannot see them."""
+        with kept_gathered(self.model):
+            return gradient_penalty(teacher_R, embeds_RLH, weight=self.cfg.gradient_penalty, rows=rows)
+
+    def _pool(self, values_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """(raw, norm) scores of every answer in the layout."""
-        layout = layout.to(self.world.device)
-        values_N = self.model.answer_values(layout)
         width = max(1, max(layout.lengths))
         mask_BT = mask_of(layout.lengths, width).to(values_N.device)
         return scores(to_padded(values_N, layout.lengths, width), mask_BT, self.cfg.values)

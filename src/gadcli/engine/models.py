@@ -1,7 +1,7 @@
 """Loading, cutting, adapting and sharding the student, its reference and the discriminator.
 
-Models keep their Hugging Face names; the two passes the trainer needs, `answer_logprobs` and `answer_values`, are
-attached as methods that FSDP2 treats as forward passes. Shapes: see `engine.layout`.
+Models keep their Hugging Face names; the passes the trainer needs, `answer_logprobs` and `answer_values`, are attached
+as methods that FSDP2 treats as forward passes. Shapes: see `engine.layout`.
 """
 
 from __future__ import annotations
@@ -40,15 +40,34 @@ def answer_logprobs(self: Any, layout: Layout, temperature: float) -> tuple[torc
 
 def answer_values(self: Any, layout: Layout) -> torch.Tensor:
     """The scalar head's value at every answer token [N], float32; the value at a token has read that token."""
-    hidden_RLH = _backbone(self, layout)
+    return _score_head(self, _backbone(self, layout), layout)
+
+
+def answer_values_and_embeds(self: Any, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """`answer_values`, and the input embeddings [R, L, H] they were computed from, which require grad."""
+    embeds_RLH = self.model.embed_tokens(layout.ids_RL)
+    if not embeds_RLH.requires_grad:  # frozen embeddings
+        embeds_RLH.requires_grad_(True)
+    return _score_head(self, _backbone(self, layout, embeds_RLH), layout), embeds_RLH
+
+
+def _score_head(model: Any, hidden_RLH: torch.Tensor, layout: Layout) -> torch.Tensor:
     own_NH = hidden_RLH.flatten(0, 1)[layout.own_N]
-    return self.score(own_NH)[:, 0].float().clone()  # no view: FSDP2 hooks what a forward pass returns
+    return model.score(own_NH)[:, 0].float().clone()  # no view: FSDP2 hooks what a forward pass returns
 
 
-def _backbone(model: Any, layout: Layout) -> torch.Tensor:
+def _backbone(model: Any, layout: Layout, embeds_RLH: torch.Tensor | None = None) -> torch.Tensor:
     """Hidden states [R, L, H] after the final norm. No KV cache: with one, restarted positions would leak."""
+    mask_R1LL = layout.mask_R1LL
+    if model.config._attn_implementation == "eager":  # adds its mask to the attention scores
+        dtype = model.model.embed_tokens.weight.dtype if embeds_RLH is None else embeds_RLH.dtype
+        mask_R1LL = torch.zeros_like(mask_R1LL, dtype=dtype).masked_fill(~mask_R1LL, torch.finfo(dtype).min)
     out = model.model(
-        input_ids=layout.ids_RL, position_ids=layout.positions_RL, attention_mask=layout.mask_R1LL, use_cache=False
+        input_ids=layout.ids_RL if embeds_RLH is None else None,
+        inputs_embeds=embeds_RLH,
+        position_ids=layout.positions_RL,
+        attention_mask=mask_R1LL,
+        use_cache=False,
     )
     return out.last_hidden_state
 
@@ -71,8 +90,12 @@ class LoadedCritic:
     fresh_head: bool
 
 
-def load_critic(path: str, cfg: ModelConfig, seed: int) -> LoadedCritic:
-    """The discriminator: a backbone with a scalar head, the head drawn from `seed` where the checkpoint has none."""
+def load_critic(path: str, cfg: ModelConfig, seed: int, *, twice_differentiable: bool = False) -> LoadedCritic:
+    """The discriminator: a backbone with a scalar head, the head drawn from `seed` where the checkpoint has none.
+
+    `twice_differentiable` (a gradient penalty) takes plain attention: the fused kernels have no second derivative.
+    """
+    attention = "eager" if twice_differentiable else "sdpa"
     config = _read_config(path, cfg)
     _refuse_unshareable(config, path)
     config.num_labels = 1
@@ -80,11 +103,12 @@ def load_critic(path: str, cfg: ModelConfig, seed: int) -> LoadedCritic:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = AutoModelForTokenClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     _prepare(model, cfg, trainable=True)
     model.score.requires_grad_(True)
     model.answer_values = types.MethodType(answer_values, model)
+    model.answer_values_and_embeds = types.MethodType(answer_values_and_embeds, model)
     return LoadedCritic(model, any(name.startswith("score.") for name in info["missing_keys"]))
 
 
@@ -156,7 +180,7 @@ def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, 
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    for method in ("answer_logprobs", "answer_values"):
+    for method in ("answer_logprobs", "answer_values", "answer_values_and_embeds"):
         if hasattr(model, method):
             as_forward(model, method)
     return model
@@ -179,6 +203,18 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+@contextmanager
+def kept_gathered(model: Any) -> Iterator[None]:
+    """Around a backward pass that another will follow: FSDP2 neither reduces gradients nor frees gathered weights."""
+    model.set_reshard_after_backward(False)
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_backward(True)
+        model.set_requires_gradient_sync(True)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ def train_adversarial(run: Run) -> None:
             with log.phase("actor"):
                 update_actor(run, rollout, scores.student_PG, log)
         else:
-            log.add(group_advantages(scores.student_PG, run.cfg.algorithm.adv_estimator)[1])
+            algorithm = run.cfg.algorithm
+            log.add(group_advantages(scores.student_PG, algorithm.adv_estimator, sigma_min=algorithm.sigma_min)[1])
         run.finish_step(log, rows, rollout, scores)
 
 
@@ -37,7 +38,7 @@ def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepL
     """By its own samples and their scores, or (objective sft, the paper's warm-up) by the teacher's text."""
     cfg = run.cfg
     if cfg.actor.objective == "sft":
-        log.add(group_advantages(scores_PG, cfg.algorithm.adv_estimator)[1])
+        log.add(group_advantages(scores_PG, cfg.algorithm.adv_estimator, sigma_min=cfg.algorithm.sigma_min)[1])
         log.add(run.actor.sft_update(teacher_groups(rollout.rows)))
         return
     old_BT = ref_BT = None

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gadcli.config.schema import GadConfig
-from gadcli.data.batches import Dataset, open_dataset
+from gadcli.data.batches import Dataset, count_overlap, open_dataset
 from gadcli.data.order import BatchOrder
 from gadcli.data.tokenize import eos_id_of, load_tokenizer
 from gadcli.engine.actor import Actor, Reference
@@ -20,7 +20,7 @@ from gadcli.engine.models import load_actor, load_critic, resolve_dtype, shard
 from gadcli.engine.optim import Optimizer
 from gadcli.engine.rollout import build_sampler
 from gadcli.engine.sync import make_probe
-from gadcli.errors import ConfigError
+from gadcli.errors import ConfigError, DataError
 from gadcli.merge.resolve_model import resolve_model
 from gadcli.train.records import Records
 from gadcli.train.run import Progress, Run
@@ -36,12 +36,15 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     started = time.monotonic()
     actor_path = _resolve_together(cfg.actor.model.path, world)
     tokenizer = load_tokenizer(actor_path)
-    train_data, val_data = _open_data(cfg, tokenizer, run_dir)
+    train_data, val_data = _open_data(cfg, tokenizer)
+    notes = data_notes(cfg, train_data, val_data)
     order = BatchOrder(len(train_data), cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
     progress = Progress(total_steps=cfg.trainer.total_steps or cfg.trainer.total_epochs * order.steps_per_epoch)
     resume_from = agree_on_checkpoint(resume_from, world)
     records = Records(cfg, run_dir, world, start_step=_step_of(resume_from))
     records.status("load", _step_of(resume_from), state="starting")
+    for note in notes:
+        records.event("note", note, level="warn", step=_step_of(resume_from))
 
     actor_model = shard(load_actor(actor_path, cfg.actor.model), world, cfg.fsdp, cfg.actor.model.dtype)
     actor = Actor(
@@ -99,11 +102,27 @@ def _resolve_together(path: str, world: World, role: str = "actor") -> str:
     return folder
 
 
-def _open_data(cfg: GadConfig, tokenizer: Any, run_dir: Path) -> tuple[Dataset, Dataset | None]:
+def _open_data(cfg: GadConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
     train = open_dataset(cfg.data.train_files, tokenizer, cfg.data, cfg.rollout.max_model_len, split="train")
-    if not cfg.data.val_files:
+    if not (cfg.data.val_files or cfg.data.val_rows):
         return train, None
     return train, open_dataset(cfg.data.val_files, tokenizer, cfg.data, cfg.rollout.max_model_len, split="val")
+
+
+def data_notes(cfg: GadConfig, train: Dataset, val: Dataset | None) -> list[str]:
+    """What the data's checks noticed, and training prompts that are also held out. DataError for those if strict."""
+    notes = [f"training data: {line}" for line in train.warnings]
+    if val is None:
+        return notes
+    if val.folder != train.folder:
+        notes += [f"held-out data: {line}" for line in val.warnings]
+    shared = count_overlap(train, val)
+    if shared:
+        message = f"{shared} training rows have a prompt that is also held out: held-out figures will flatter"
+        if cfg.data.strict:
+            raise DataError(message, "give other data.val_files, or leave them empty and set data.val_rows")
+        notes.append(message)
+    return notes
 
 
 def _actor_updates(cfg: GadConfig, progress: Progress) -> int:
@@ -119,7 +138,8 @@ def _build_critic(cfg: GadConfig, actor_path: str, world: World, progress: Progr
     if cfg.trainer.critic_warmup < 0:
         return None
     path = _resolve_together(cfg.critic.model.path, world, "critic") if cfg.critic.model.path else actor_path
-    loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed)
+    penalty = cfg.critic.gradient_penalty > 0
+    loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed, twice_differentiable=penalty)
     if loaded.fresh_head and cfg.stage == "gad":
         records.event(
             "note",
