@@ -25,18 +25,18 @@ TEMPLATE = (
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and a few merges; answers end with <|im_end|>."""
+def tiny_tokenizer(text: str = "What does a function do? It returns a value.", vocabulary: int = 320) -> Any:
+    """Bytes and a few merges learnt from `text`; answers end with <|im_end|>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=vocabulary,
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["What does a function do? It returns a value."] * 4, trainer)
+    tokenizer.train_from_iterator([text] * 4, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=TEMPLATE
     )
@@ -54,9 +54,10 @@ def tiny_config(family: str, vocab_size: int, *, tied: bool, layers: int = 2) ->
     return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**shared)
 
 
-def write_tiny_model(folder: Path, family: str = "llama", *, tied: bool = True, seed: int = 0, layers: int = 2) -> Path:
+def write_tiny_model(folder: Path, family: str = "llama", *, tied: bool = True, seed: int = 0, layers: int = 2,
+                     **tokenizer_options: Any) -> Path:  # fmt: skip
     """A Hugging Face folder with weights large enough that no two tokens look alike."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(**tokenizer_options)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer), tied=tied, layers=layers))

@@ -16,6 +16,7 @@ from gadcli.engine.dist import World
 from gadcli.engine.rollout import Sampler, Sampling
 from gadcli.engine.rows import Answer
 from gadcli.engine.sync import full_tensors
+from gadcli.engine.watchdog import WATCHDOG
 from gadcli.errors import ConfigError, SyncError
 
 _CHANGED_BY_LLM = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
@@ -40,6 +41,18 @@ class VllmSampler(Sampler):
 
             self.llm: Any = LLM(**_engine_arguments(cfg, model_path, world, dtype, seed))
         self.eos_ids = eos_ids
+        self._beat_at_each_step()
+
+    def _beat_at_each_step(self) -> None:
+        """A rollout is one call that may take long: each of the engine's own steps is progress."""
+        engine = self.llm.llm_engine
+        step = engine.step
+
+        def step_and_beat() -> Any:
+            WATCHDOG.beat()
+            return step()
+
+        engine.step = step_and_beat
 
     def load(self, model: nn.Module) -> None:
         sent: set[str] = set()
@@ -112,6 +125,11 @@ def _engine_arguments(
         "use_tqdm_on_load": False,
         "trust_remote_code": False,
     }
+    if world.device.type == "cpu":
+        # A prompt prefilled in two parts makes vLLM rewind its request's generator, which CPU generators cannot do
+        # ("CPU Generator does not use offset"): prefill whole prompts only.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(cfg.max_model_len, 4096)
     if world.device.type == "cpu" or cfg.kv_cache_gb:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(cfg, model_path, dtype)
     else:
