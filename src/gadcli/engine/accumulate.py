@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gadcli.engine.dist import World, max_over_ranks
 from gadcli.engine.layout import Group, micro_batches
+from gadcli.engine.watchdog import WATCHDOG
 
 
 def equal_micro_batches(groups: Sequence[Group], max_tokens: int, world: World) -> Iterator[tuple[list[int], float]]:
@@ -17,6 +18,7 @@ def equal_micro_batches(groups: Sequence[Group], max_tokens: int, world: World) 
     batches = list(micro_batches(groups, max_tokens))
     rounds = int(max_over_ranks(len(batches)))
     for index in range(rounds):
+        WATCHDOG.beat()
         real = index < len(batches)
         yield batches[index if real else -1], 1.0 if real else 0.0
 

@@ -17,6 +17,7 @@ from gadcli.engine.dist import World
 from gadcli.engine.rollout import Sampler, Sampling, cut_at_eos, gather_logprobs
 from gadcli.engine.rows import Answer
 from gadcli.engine.sync import full_tensors
+from gadcli.engine.watchdog import WATCHDOG
 
 
 class SeededDraw(LogitsProcessor):
@@ -42,6 +43,14 @@ class SeededDraw(LogitsProcessor):
             ]
         )
         return logits_BV - exponential.log()
+
+
+class Heartbeat(LogitsProcessor):
+    """Changes nothing; tells the watchdog that another token was drawn."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        WATCHDOG.beat()
+        return scores
 
 
 class HfSampler(Sampler):
@@ -83,12 +92,13 @@ class HfSampler(Sampler):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         greedy = sampling.temperature == 0
+        draws = [] if greedy else [SeededDraw(sampling, seeds, self.world.device)]
         rows = [i for i in range(len(prompts)) for _ in range(sampling.n)]
         out = self.model.generate(
             ids[rows].to(self.world.device),
             attention_mask=mask[rows].to(self.world.device),
             do_sample=False,
-            logits_processor=LogitsProcessorList([] if greedy else [SeededDraw(sampling, seeds, self.world.device)]),
+            logits_processor=LogitsProcessorList([Heartbeat(), *draws]),
             max_new_tokens=sampling.max_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.eos_ids[0],

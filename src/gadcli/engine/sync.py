@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from gadcli.engine.watchdog import WATCHDOG
 from gadcli.errors import SyncError
 
 
@@ -27,6 +28,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in model.state_dict().items():
         if ".lora_" in name:
             continue
+        WATCHDOG.beat()
         owner = name.rsplit(".base_layer.", 1)[0] if ".base_layer." in name else None
         full = _full(value)
         if owner is not None and name.endswith(".base_layer.weight"):

@@ -18,6 +18,7 @@ from gadcli.engine.layout import Group
 from gadcli.engine.rollout import Sampler, Sampling, request_seed
 from gadcli.engine.rows import Rollout
 from gadcli.engine.sync import Probe
+from gadcli.engine.watchdog import WATCHDOG
 from gadcli.train.evaluation import evaluate
 from gadcli.train.measure import host_metrics, length_metrics
 from gadcli.train.records import Records
@@ -96,6 +97,8 @@ class Run:
         return asked > 0
 
     def on_phase(self, phase: str, step: int) -> None:
+        """A phase begins: for the watchdog of this process and for whoever watches the run."""
+        WATCHDOG.enter(phase, step)
         self.records.status(phase, step)
 
     def sync_sampler(self, step: int, log: StepLog) -> None:

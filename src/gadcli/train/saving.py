@@ -23,7 +23,7 @@ def save(run: Run) -> None:
     progress = run.progress
     if progress.last_saved_step == progress.step or progress.step == 0:
         return
-    run.records.status("save", progress.step)
+    run.on_phase("save", progress.step)
     start = time.monotonic()
     roles = _roles(run)
     progress.last_saved_step = progress.step

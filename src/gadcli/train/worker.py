@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from gadcli.engine.environment import engine_variables
-from gadcli.errors import ExitCode, GadError, ResourceError
+from gadcli.errors import ExitCode, GadError, PeerError, ResourceError
 
 
 def main() -> None:
@@ -40,9 +40,9 @@ def guarded(run_dir: Path, resume: bool) -> int:
         return _record(run_dir, int(ExitCode.INTERRUPTED), "Interrupted", "interrupted while loading", None)
     except BaseException as error:  # noqa: BLE001  the last boundary of this process: nothing may leave it unrecorded
         traceback.print_exc()
-        known = _as_resource_error(error)
+        known = _as_resource_error(error) or _as_peer_error(error)
         if known is not None:
-            return _record(run_dir, int(known.exit_code), "ResourceError", known.message, known.hint)
+            return _record(run_dir, int(known.exit_code), type(known).__name__, known.message, known.hint)
         where = f"logs/rank_{_rank()}.log has the traceback"
         return _record(run_dir, int(ExitCode.BUG), type(error).__name__, f"{type(error).__name__}: {error}", where)
     code = 128 + number if number else 0
@@ -54,6 +54,7 @@ def train(run_dir: Path, resume: bool) -> int:
     """Run the stage that DIR/config.yaml describes; returns the number of the signal that stopped it, else 0."""
     from gadcli.config.resolve import load_resolved
     from gadcli.engine.manifest import latest_valid
+    from gadcli.engine.watchdog import WATCHDOG
 
     cfg = load_resolved(run_dir / "config.yaml")
     skipped: list[str] = []
@@ -68,6 +69,7 @@ def train(run_dir: Path, resume: bool) -> int:
         run.records.event("resume", message, level="warn", step=run.progress.step)
     ended = (int(ExitCode.BUG), "failed; see logs")
     try:
+        WATCHDOG.start(cfg.fsdp.timeout_s, lambda message: _record_hang(run_dir, message))
         if cfg.trainer.val_before_train and run.progress.step == 0:
             run.evaluate()
         (train_seqkd if cfg.stage == "seqkd" else train_adversarial)(run)
@@ -77,6 +79,7 @@ def train(run_dir: Path, resume: bool) -> int:
         ended = (int(error.exit_code), error.message)
         raise
     finally:
+        WATCHDOG.stop()
         run.records.end(*ended)
         run.records.status("end", run.progress.step, state="done" if ended[0] == 0 else "failed")
     close_run(run)
@@ -95,6 +98,21 @@ def _as_resource_error(error: BaseException) -> ResourceError | None:
         "actor.micro_batch_tokens=… (halve it), actor.model.gradient_checkpointing=true, "
         "rollout.gpu_memory_utilization=0.3 or rollout.kv_cache_gb=0.5",
     )
+
+
+def _as_peer_error(error: BaseException) -> PeerError | None:
+    """What gloo, NCCL and the store raise when another rank is gone or silent; None for anything else."""
+    import torch.distributed as dist
+
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in first_line)):
+        return None
+    return PeerError(f"rank {_rank()} lost its peers: {first_line}", "--resume goes on from the last checkpoint")
+
+
+def _record_hang(run_dir: Path, message: str) -> None:
+    hint = f"the stacks are in logs/rank_{_rank()}.log; a larger fsdp.timeout_s if the work is merely slow; --resume"
+    _record(run_dir, int(ExitCode.PEERS), "PeerError", f"rank {_rank()}: {message}", hint)
 
 
 def _record(run_dir: Path, code: int, kind: str, message: str, hint: str | None) -> int:
