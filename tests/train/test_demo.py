@@ -1,4 +1,4 @@
-"""The demo from end to end with the real engines, on a tiny student in the place of SmolLM2: stages, control, merge, table.
+"""The demo from end to end, real engines on a tiny student in the place of SmolLM2: stages, control, merge, table.
 
 Killed in the middle of gad it goes on where it stopped and ends with the table; done once, it only shows the table.
 """

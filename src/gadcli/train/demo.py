@@ -10,7 +10,6 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +24,12 @@ from gadcli.train.parent_display import say
 from gadcli.train.parent_stages import warn
 
 QUICK = {
-    "seqkd": ["trainer.total_steps=5", "data.val_rows=32"],
-    "warmup": ["trainer.total_steps=2", "trainer.critic_warmup=2", "data.val_rows=8"],
-    "gad": ["trainer.total_steps=2", "data.val_rows=32"],
-    "control": ["data.val_rows=32"],
+    "seqkd": ["trainer.total_steps=3", "data.train_batch_size=8", "data.val_rows=16"],
+    "warmup": ["trainer.total_steps=2", "trainer.critic_warmup=2", "data.train_batch_size=2", "data.val_rows=16"],
+    "gad": ["trainer.total_steps=2", "data.train_batch_size=2", "data.val_rows=16"],
+    "control": ["data.train_batch_size=8", "data.val_rows=16"],
 }
-WARMUP_EVAL = ["data.val_rows=64"]  # only for held-out d_acc: the student is still seqkd's
+HELD_OUT = "data.val_rows=200"
 UNENDING = "trainer.total_steps=100000"
 
 
@@ -49,17 +48,7 @@ class Demo:
         files = self._data_files()
         if not (self.folder / "seqkd").exists():
             self._command("data", "analyze-tokens", str(files["train"]), "-t", str(model), "--preset", "demo")
-        plan: list[Callable[[], int]] = [
-            lambda: self._stage("seqkd", "seqkd", {"actor.model.path": str(model)}, ["trainer.val_before_train=true"]),
-            lambda: self._stage("warmup", "warmup", {"actor.model.path": self._checkpoint("seqkd", "actor")},
-                                WARMUP_EVAL),
-            lambda: self._stage("gad", "gad", {"actor.model.path": self._checkpoint("warmup", "actor"),
-                                               "critic.model.path": self._checkpoint("warmup", "critic")}, []),
-            lambda: self._stage("control", "seqkd", {"actor.model.path": self._checkpoint("seqkd", "actor")},
-                                [UNENDING, f"trainer.max_time_s={self._adversarial_seconds():.0f}",
-                                 "trainer.seed=4"]),
-        ]  # fmt: skip
-        for part in plan:
+        for part in (lambda: self._seqkd(str(model)), self._warmup, self._gad, self._control):
             code = part()
             if code != ExitCode.OK:
                 return code
@@ -69,6 +58,21 @@ class Demo:
         self.results = [read_result(self.folder / name, name) for name in ("seqkd", "warmup", "gad", "control")]
         say(sys.stdout, render(self.results, merged))
         return int(ExitCode.OK)
+
+    def _seqkd(self, model: str) -> int:
+        return self._stage("seqkd", "seqkd", {"actor.model.path": model}, ["trainer.val_before_train=true"])
+
+    def _warmup(self) -> int:
+        return self._stage("warmup", "warmup", {"actor.model.path": self._checkpoint("seqkd", "actor")}, [])
+
+    def _gad(self) -> int:
+        models = {f"{role}.model.path": self._checkpoint("warmup", role) for role in ("actor", "critic")}
+        return self._stage("gad", "gad", models, [])
+
+    def _control(self) -> int:
+        """The seqkd student, supervised on for the wall time that warmup and gad took together."""
+        limit = [UNENDING, f"trainer.max_time_s={self._adversarial_seconds():.0f}", "trainer.seed=4"]
+        return self._stage("control", "seqkd", {"actor.model.path": self._checkpoint("seqkd", "actor")}, limit)
 
     def _data_files(self) -> dict[str, Path]:
         folder = self.folder / "data"
@@ -85,7 +89,7 @@ class Demo:
             return int(ExitCode.OK)
         data = {"data.train_files": f"[{self.folder / 'data' / 'train.parquet'}]",
                 "data.val_files": f"[{self.folder / 'data' / 'test.parquet'}]"}  # fmt: skip
-        words = [f"{key}={value}" for key, value in {**data, **models}.items()] + extra
+        words = [f"{key}={value}" for key, value in {**data, **models}.items()] + [HELD_OUT, *extra]
         words += QUICK[name] if self.quick else []
         flags = {"trainer.output_dir": str(self.folder), "trainer.exp_name": name}
         resume = folders.can_resume(folder) and latest_valid(folder, lambda line: None, deep=False) is not None
