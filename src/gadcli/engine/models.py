@@ -106,7 +106,10 @@ def load_critic(path: str, cfg: ModelConfig, seed: int, *, twice_differentiable:
             path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     _prepare(model, cfg, trainable=True)
-    model.score.requires_grad_(True)
+    model.score.weight.requires_grad_(True)
+    if model.score.bias is not None:
+        # A loss of score differences gives it a gradient of rounding errors alone, which Adam blows up to whole steps.
+        model.score.bias.requires_grad_(False)
     model.answer_values = types.MethodType(answer_values, model)
     model.answer_values_and_embeds = types.MethodType(answer_values_and_embeds, model)
     return LoadedCritic(model, any(name.startswith("score.") for name in info["missing_keys"]))
