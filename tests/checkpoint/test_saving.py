@@ -21,6 +21,7 @@ from checkpoint.saving import save, snapshot
 from gadcli.engine import checkpoint as engine
 from gadcli.engine.checkpoint import load_checkpoint, load_rng
 from gadcli.engine.manifest import latest_valid, list_checkpoints, read_manifest, read_trainer, verify
+from gadcli.engine.retention import set_aside_newer
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
 
 
@@ -104,6 +105,24 @@ def test_a_damaged_newest_is_told_and_the_one_before_is_used(tmp_path: Path, dam
     said: list[str] = []
     assert latest_valid(tmp_path, said.append) == first
     assert len(said) == 1 and newest.name in said[0] and "using global_step_1" in said[0]
+
+
+def test_a_resumed_run_can_save_the_steps_of_the_damaged_checkpoints_it_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    damaged = save(tmp_path, 2)
+    (damaged / "trainer" / "trainer.json").write_text("{}")
+    content = snapshot(damaged)
+    (tmp_path / "global_step_3").mkdir()  # never finished
+    chosen = latest_valid(tmp_path, lambda line: None)
+    assert chosen == tmp_path / "global_step_1"
+    moved = set_aside_newer(tmp_path, chosen)
+    assert [path.name for path in moved] == ["global_step_2.damaged", "global_step_3.damaged"]
+    assert snapshot(moved[0]) == content  # renamed, nothing deleted
+    assert latest_valid(tmp_path, pytest.fail) == chosen
+    verify(save(tmp_path, 2))
+    # Were the damaged one still counted among the two newest, step 1 would be pruned here and one sound one left.
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["global_step_1", "global_step_2"]
+    assert set_aside_newer(tmp_path, tmp_path / "global_step_2") == []
 
 
 def test_an_unfinished_save_is_told_and_removed_by_the_next(tmp_path: Path) -> None:

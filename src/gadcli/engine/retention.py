@@ -66,6 +66,25 @@ def prune(run_dir: Path, keep_last: int, keep_best: str = "") -> list[Path]:
     return deleted
 
 
+def set_aside_newer(run_dir: Path, chosen: Path | None) -> list[Path]:
+    """Renames every global_step_N newer than `chosen` to global_step_N.damaged; returns the new names.
+
+    `chosen` is latest_valid's answer, so these are damaged or were never finished. A resumed run comes to the same
+    steps again and must be able to commit them; nothing is deleted.
+    """
+    floor = -1 if chosen is None else step_of(chosen) or 0
+    moved = []
+    for path in sorted(p for p in run_dir.iterdir() if (step_of(p) or -1) > floor):
+        target = path.with_name(f"{path.name}.damaged")
+        number = 1
+        while target.exists():
+            number += 1
+            target = path.with_name(f"{path.name}.damaged-{number}")
+        os.rename(path, target)
+        moved.append(target)
+    return moved
+
+
 def remove_leftovers(run_dir: Path, *, unfinished: bool = True) -> None:
     """Removes what a kill left behind: half-deleted `.old` folders and, before a new save, half-written `.tmp` ones."""
     suffixes = (".old", ".tmp") if unfinished else (".old",)

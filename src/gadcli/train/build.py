@@ -55,7 +55,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         cfg.rollout.temperature,
         cfg.data.max_response_length,
     )
-    critic = _build_critic(cfg, actor_path, world, progress, records)
+    critic = _build_critic(cfg, actor_path, world, progress, records, resumed=resume_from is not None)
     reference = _build_reference(cfg, actor_path, actor_model, world)
     eos_ids = [eos_id_of(tokenizer)]
     sampler = None
@@ -134,13 +134,15 @@ def _actor_updates(cfg: GadConfig, progress: Progress) -> int:
     return max(1, steps * cfg.actor.ppo_epochs * (cfg.data.train_batch_size // size))
 
 
-def _build_critic(cfg: GadConfig, actor_path: str, world: World, progress: Progress, records: Records) -> Critic | None:
+def _build_critic(
+    cfg: GadConfig, actor_path: str, world: World, progress: Progress, records: Records, *, resumed: bool
+) -> Critic | None:
     if cfg.trainer.critic_warmup < 0:
         return None
     path = _resolve_together(cfg.critic.model.path, world, "critic") if cfg.critic.model.path else actor_path
     penalty = cfg.critic.gradient_penalty > 0
     loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed, twice_differentiable=penalty)
-    if loaded.fresh_head and cfg.stage == "gad":
+    if loaded.fresh_head and cfg.stage == "gad" and not resumed:  # a resumed head comes from the checkpoint
         records.event(
             "note",
             f"{path} has no scalar head: an untrained discriminator's scores are noise; run the warmup stage first",

@@ -54,11 +54,15 @@ def train(run_dir: Path, resume: bool) -> int:
     """Run the stage that DIR/config.yaml describes; returns the number of the signal that stopped it, else 0."""
     from gadcli.config.resolve import load_resolved
     from gadcli.engine.manifest import latest_valid
+    from gadcli.engine.retention import set_aside_newer
     from gadcli.engine.watchdog import WATCHDOG
 
     cfg = load_resolved(run_dir / "config.yaml")
     skipped: list[str] = []
-    resume_from = latest_valid(run_dir, skipped.append) if resume and _rank() == 0 else None
+    resume_from = None
+    if resume and _rank() == 0:
+        resume_from = latest_valid(run_dir, skipped.append)
+        skipped += [f"renamed it to {path.name}" for path in set_aside_newer(run_dir, resume_from)]
 
     from gadcli.train.adversarial import train_adversarial
     from gadcli.train.build import build_run, close_run
