@@ -49,6 +49,28 @@ def test_an_unknown_run_is_exit_2_with_the_nearest_name(place: Path) -> None:
     assert told.returncode == 2 and "good" in told.stderr and told.stdout == ""
 
 
+def test_the_folder_of_a_row_of_stages_means_the_stage_written_last(tmp_path: Path) -> None:
+    for age, stage in ((60, "seqkd"), (0, "warmup")):
+        writer = MetricsWriter(tmp_path / "runs" / "row" / stage, append=False)
+        writer.run(stage=stage, total_steps=1, start_step=0)
+        writer.step(1, 0, {"actor/grad_norm": 1.0})
+        writer.end(0, "done")
+        then = time.time() - age
+        os.utime(tmp_path / "runs" / "row" / stage / "metrics.jsonl", (then, then))
+    (tmp_path / "runs" / "row" / "run.json").write_text("{}")
+    told = gad("monitor", "row", "--once", cwd=tmp_path)
+    assert told.returncode == 0 and "warmup" in told.stdout.splitlines()[0]
+
+
+def test_why_says_that_a_run_has_died_and_how_it_goes_on(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "run", append=False)
+    writer.run(stage="gad", total_steps=9, start_step=0)
+    writer.step(1, 0, {"critic/d_acc": 0.6})
+    writer.end(7, "rank 0 was killed by SIGKILL")
+    told = gad("why", "run", cwd=tmp_path).stdout
+    assert "rank 0 was killed by SIGKILL" in told and "--resume" in told
+
+
 def test_once_prints_one_picture_without_escape_codes(place: Path) -> None:
     told = gad("monitor", "good", "--once", cwd=place)
     assert told.returncode == 0 and "step 200/200" in told.stdout and "\x1b" not in told.stdout

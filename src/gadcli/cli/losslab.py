@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from gadcli.cli.find_run import find_run
+
 from .common import ConfigOption, JsonOption, OverridesArgument, PresetOption
 
 app = typer.Typer(add_completion=False)
@@ -16,7 +18,9 @@ SYNTHETIC = "synthetic"
 
 @app.command()
 def losslab(
-    source: Annotated[str, typer.Argument(metavar="RUN|synthetic", help="A run's folder, or the word synthetic.")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|synthetic", help="A run's folder or its name in runs/, or the word synthetic.")
+    ],
     overrides: OverridesArgument = None,
     teacher_length: Annotated[
         float | None, typer.Option("--teacher-length", min=1, help="Tokens; default: the run's mean, or 150.")
@@ -37,8 +41,9 @@ def losslab(
     """
     from gadcli.cli import losslab_report as report
 
-    critic = report.critic_config(None if source == SYNTHETIC else Path(source), preset, config, overrides or [])
-    scores = None if source == SYNTHETIC else report.read_scores(Path(source), step)
+    run = None if source == SYNTHETIC else find_run(source)
+    critic = report.critic_config(run, preset, config, overrides or [])
+    scores = None if run is None else report.read_scores(run, step)
     lab = report.examine(critic, scores, loss or [], teacher_length, student_length)
     if png is not None:
         from gadcli.cli.losslab_plot import write_png

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gadcli.cli.find_run import find_run
 from gadcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from gadcli.dashboard import RunView
 
-RUNS = Path("runs")
 RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs, or their names in runs/.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or its name in runs/.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
@@ -27,21 +27,6 @@ class SampleOrder(StrEnum):
     gap = "gap"
     student = "student"
     teacher = "teacher"
-
-
-def find_run(name: str) -> Path:
-    """The run's folder: a path, or a name in runs/. Raises ConfigError naming the nearest one there is."""
-    for path in (Path(name), RUNS / name):
-        if path.is_dir():
-            return path
-    if Path(name).is_file() and Path(name).name == "metrics.jsonl":
-        return Path(name).parent
-    import difflib
-
-    there = sorted(p.name for p in RUNS.iterdir() if p.is_dir()) if RUNS.is_dir() else []
-    near = difflib.get_close_matches(name, there, n=3, cutoff=0.4) or there[-3:]
-    hint = f"runs here: {', '.join(near)}" if near else "give the folder that holds metrics.jsonl"
-    raise ConfigError(f"there is no run {name}", hint)
 
 
 def monitor(

@@ -106,7 +106,8 @@ def header(view: RunView, width: int, now: float) -> list[Text]:
         line.append(" · picture paused", style="bold yellow")
     notice = view.notice() if view.notice is not None else ""
     line.append(
-        f" · {clean(notice or state.text)}" if notice or state.text else "", style="bold yellow" if notice else "dim"
+        f" · {clean(notice or state.text)}" if notice or state.text not in ("", state.kind) else "",
+        style="bold yellow" if notice else "dim",
     )
     return [fit(line, width)]
 

@@ -16,12 +16,15 @@ def why_lines(view: RunView, now: float) -> list[str]:
     """Every diagnosis with its evidence, cause and cure, the most certain first."""
     last, total = view.log.history.last, view.log.run.get("total_steps")
     step = f"step {last.step}" + (f"/{total}" if total else "") if last else "no step yet"
-    lines = [f"{view.run_dir}: {step}, {view.log.state(now).kind}"]
+    state = view.log.state(now)
+    lines = [f"{view.run_dir}: {step}, {state.kind}"]
+    if state.kind in ("dead", "failed", "silent"):
+        lines.append(f"{MARKS['bad']} {state.text} (the same command with --resume goes on from the last checkpoint)")
     if view.log.bad_lines:
         lines.append(f"{view.log.bad_lines} lines of {view.log.path.name} could not be read and were passed over")
     faults = [d for d in view.judge.diagnoses if d.level != "info"]
     if not faults:
-        lines.append(f"{MARKS['ok']} nothing is unhealthy" if last else "nothing to judge yet")
+        lines.append(f"{MARKS['ok']} nothing is unhealthy in its metrics" if last else "nothing to judge yet")
     for place, found in enumerate(faults, start=1):
         lines += _block(f"{place}. {MARKS['bad' if found.level == 'bad' else 'warn']}", found)
     for found in view.judge.diagnoses:
