@@ -56,6 +56,16 @@ def test_a_combination_that_cannot_work_is_refused_with_its_cure(
     assert hint in str(caught.value.hint)
 
 
+def test_a_backbone_is_not_cut_to_layers_that_it_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+    words = [f"actor.model.path={tmp_path}", "critic.model.num_layers=3"]
+    with pytest.raises(ConfigError) as caught:  # the critic starts from the student where no other is named
+        judge("warmup", *words)
+    assert "critic.model.num_layers is 3" in caught.value.message and "has 2 layers" in caught.value.message
+    judge("seqkd", *words)  # has no critic
+    judge("warmup", f"actor.model.path={tmp_path}", "critic.model.num_layers=2")
+
+
 def test_a_refusal_says_where_the_value_was_written(tmp_path: Path) -> None:
     file = tmp_path / "demo.yaml"
     file.write_text("rollout:\n  n: 1\n")

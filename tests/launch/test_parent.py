@@ -233,6 +233,32 @@ def test_stages_in_a_row_feed_each_other_and_finished_ones_are_skipped(place: Pa
     assert first["actor"]["path"].endswith("seqkd/global_step_2/actor") and "critic" not in first
 
 
+ROW = ["run", "--preset", "demo", "--model", "org/student", "--exp-name", "r", "data.train_files=train.parquet",
+       f"data.train_batch_size={BATCH}"]  # fmt: skip
+
+
+def test_what_the_last_stage_refuses_is_told_before_the_first_one_runs(place: Path) -> None:
+    done = gad(place, *ROW, "rollout.n=1")  # seqkd samples nothing and would run; warmup cannot
+    assert done.returncode == 2 and "rollout.n is 1" in done.stderr
+    assert not (place / "runs").exists()
+
+
+def test_a_dry_run_of_a_row_as_json_is_one_list_of_plans(place: Path) -> None:
+    done = gad(place, *ROW, "--dry-run", "--json")
+    assert [report["run_dir"] for report in json.loads(done.stdout)] == ["runs/r/seqkd", "runs/r/warmup", "runs/r/gad"]
+
+
+def test_a_model_that_is_a_file_of_another_kind_is_2_before_anything_is_written(place: Path) -> None:
+    done = seqkd(place, "--model", "train.parquet")
+    assert done.returncode == 2 and "train.parquet: a file that is no .gguf" in done.stderr
+    assert not (place / "runs").exists()
+
+
+def test_quiet_keeps_tensorboards_address_to_itself(place: Path) -> None:
+    done = seqkd(place, "--quiet", "trainer.tensorboard.auto_start=always")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_stage_that_fails_stops_the_row_and_is_noted_with_its_reason(place: Path) -> None:
     words = ["run", "--preset", "demo", "--model", "org/student", "--exp-name", "all", "data.train_files=train.parquet"]
     done = gad(place, *words, does="steps=1 code=5")

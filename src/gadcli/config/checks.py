@@ -112,6 +112,19 @@ class Checker:
             hint = "give warmup's global_step_N/critic; in warmup, leave --reward-model out to start from the student"
             self.fail("critic.model.path", message, hint)
 
+    def layers(self) -> None:
+        """A backbone can only be cut to layers it has. Where its config.json is local."""
+        cfg = self.cfg
+        models = {"actor.model": (cfg.actor.model.path, cfg.actor.model.num_layers)}
+        if cfg.trainer.critic_warmup >= 0:
+            models["critic.model"] = (cfg.critic.model.path or cfg.actor.model.path, cfg.critic.model.num_layers)
+        for section, (path, wanted) in models.items():
+            config = (read_model_config(path) if wanted else None) or {}
+            has = (config.get("text_config") or config).get("num_hidden_layers")
+            if has is not None and wanted > has:
+                message = f"{section}.num_layers is {wanted}, but {path} has {has} layers"
+                self.fail(f"{section}.num_layers", message, f"{section}.num_layers=0 keeps all")
+
     def vocabularies(self) -> None:
         """The critic reads the student's token ids: both must mean the same by them. Where files are local."""
         cfg = self.cfg
@@ -260,6 +273,7 @@ def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None
     checker.trainer()
     checker.unsupported()
     checker.roles()
+    checker.layers()
     checker.vocabularies()
     return list(checker.warnings())
 

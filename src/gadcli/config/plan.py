@@ -161,6 +161,8 @@ class Plan:
         critic = f"; critic alone in the first {steps.critic_only}" if steps.critic_only else ""
         saves = f"saves every {cfg.trainer.save_freq}" if cfg.trainer.save_freq else "saves at the end"
         tests = f"evaluates every {cfg.trainer.test_freq}" if cfg.trainer.test_freq else "evaluates at the end"
+        if not (cfg.data.val_files or cfg.data.val_rows):
+            tests = "evaluates never (no data.val_files, data.val_rows=0)"
         return f"{steps.total:,} ({how}){critic}; {saves}, {tests}"
 
     def _models_text(self) -> str:

@@ -28,6 +28,7 @@ PEER_GRACE_S = 4.0  # for the others to leave by themselves after one was killed
 RECORD_GRACE_S = 10.0  # the same after one that could still write its record
 STACK_DUMP_S = 0.5
 WORKER_MODULE = "gadcli.train.worker"
+STARTED = "--- started"  # a log's line for each start
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Supervisor:
     def _spawn(self, words: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
         file: IO[bytes]
         with log.open("ab") as file:
-            file.write(f"--- started {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
+            file.write(f"{STARTED} {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
             file.flush()
             # -P: the folder the user stands in must not shadow our modules.
             return subprocess.Popen(

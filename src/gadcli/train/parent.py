@@ -18,7 +18,7 @@ from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
 from gadcli.config.schema import GadConfig
 from gadcli.engine.environment import processes_here
-from gadcli.engine.launch import WORKER_MODULE, LaunchSpec
+from gadcli.engine.launch import STARTED, WORKER_MODULE, LaunchSpec
 from gadcli.engine.outcome import Outcome
 from gadcli.errors import (
     CheckpointError,
@@ -151,8 +151,7 @@ def show_plan(prepared: Prepared, request: StageRequest) -> None:
     if request.as_json and request.dry_run:
         import json
 
-        report = {"plan": prepared.plan.to_json(), "run_dir": str(prepared.run_dir), "notes": prepared.notes}
-        say(stream, json.dumps(report, indent=2, ensure_ascii=False))
+        say(stream, json.dumps(plan_report(prepared), indent=2, ensure_ascii=False))
         return
     if not request.quiet and request.with_plan:
         for line in prepared.plan.render():
@@ -161,6 +160,11 @@ def show_plan(prepared: Prepared, request: StageRequest) -> None:
             say(stream, "dry run: nothing was loaded or written")
     for note in prepared.notes:
         say(sys.stderr, f"warning: {note}")
+
+
+def plan_report(prepared: Prepared) -> dict[str, Any]:
+    """What --dry-run --json prints of one stage."""
+    return {"plan": prepared.plan.to_json(), "run_dir": str(prepared.run_dir), "notes": prepared.notes}
 
 
 def launch(prepared: Prepared, request: StageRequest) -> int:
@@ -225,8 +229,9 @@ def tell(outcome: Outcome, request: StageRequest, run_dir: Path) -> int:
     if outcome.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         say(sys.stderr, f"gad: stopped: {outcome.message or 'saved'}; --resume goes on")
         return outcome.code
-    if outcome.tail and outcome.log is not None and outcome.code in (ExitCode.BUG, ExitCode.PEERS):
+    tail = [line for line in outcome.tail if not line.startswith(STARTED)]
+    if tail and outcome.log is not None and outcome.code in (ExitCode.BUG, ExitCode.PEERS):
         say(sys.stderr, f"--- {outcome.log}")
-        for line in outcome.tail[-TAIL_SHOWN:]:
+        for line in tail[-TAIL_SHOWN:]:
             say(sys.stderr, f"    {line}")
     raise ERRORS.get(outcome.code, GadError)(outcome.message, outcome.hint or None)

@@ -74,6 +74,11 @@ class Display:
         """Something the user should know, now."""
         say(sys.stderr, f"gad: {text}")
 
+    def inform(self, text: str) -> None:
+        """Good to know; a display that shows no records leaves it out, unless it is a warning."""
+        if text.startswith("warning"):
+            self.notice(text)
+
     def mute(self) -> None:
         """The terminal is gone: never write to it again."""
         for stream in (sys.stdout, sys.stderr):
@@ -89,6 +94,9 @@ class JsonDisplay(Display):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
         self._tail = RecordTail(run_dir)
+
+    def inform(self, text: str) -> None:
+        self.notice(text)
 
     def tick(self) -> None:
         for line in self._tail.lines():
@@ -108,6 +116,9 @@ class PlainDisplay(Display):
         self._began = time.time()
         self._stepped = False
         self._total: int | None = None
+
+    def inform(self, text: str) -> None:
+        self.notice(text)
 
     def tick(self) -> None:
         for line in self._tail.lines():
@@ -141,6 +152,9 @@ class LiveDisplay(Display):
         self._plain: PlainDisplay | None = None
         self._held: list[str] = []
         self._muted = False
+
+    def inform(self, text: str) -> None:
+        self.notice(text)
 
     def start(self) -> None:
         from gadcli.dashboard import live

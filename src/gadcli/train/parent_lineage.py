@@ -38,6 +38,8 @@ def check_model_path(path: str) -> None:
     looks_local = local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or path.endswith(".gguf")
     if path and looks_local and not local.exists():
         raise ConfigError(f"model {path}: no such file or folder", nearest(local))
+    if local.is_file() and local.suffix.lower() != ".gguf":
+        raise ConfigError(f"model {path}: a file that is no .gguf", "--model takes a model's folder, or a .gguf file")
     if (local.parent / MANIFEST).is_file() and local.is_dir():
         verify(local.parent, [f"{local.name}/"], deep=False)
 
@@ -47,7 +49,7 @@ def nearest(path: Path) -> str:
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
-    names = sorted(entry.name for entry in parent.iterdir())[:8]
+    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))[:8]
     return f"{parent} holds {', '.join(names) or 'nothing'}"
 
 

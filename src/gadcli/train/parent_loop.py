@@ -78,7 +78,7 @@ def supervise(spec: LaunchSpec, display: Display, tensorboard: TensorBoard | Non
         try:
             supervisor.start()
             if tensorboard is not None and (line := tensorboard.start(supervisor.tie)):
-                display.notice(line)
+                display.inform(line)
             display.start()
             while supervisor.poll():
                 for number in relay.take():

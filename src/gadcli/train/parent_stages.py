@@ -20,7 +20,7 @@ from gadcli.config.schema import STAGES
 from gadcli.engine.manifest import latest_valid
 from gadcli.errors import CheckpointError, ConfigError, ExitCode, GadError
 from gadcli.train import parent_folder as folders
-from gadcli.train.parent import StageRequest, prepare, run_stage, show_plan
+from gadcli.train.parent import StageRequest, plan_report, prepare, run_stage, show_plan
 from gadcli.train.parent_display import say
 
 STATE_FILE = "run.json"
@@ -67,6 +67,7 @@ def run_stages(request: StageRequest, stages: Sequence[str] = STAGES) -> int:
     whole = open_whole(folder, stages, request)
     if request.dry_run:
         return dry_run(request, whole)
+    look_ahead(request, whole)
     folder.mkdir(parents=True, exist_ok=True)
     for index, stage in enumerate(whole.stages):
         if stage.state == DONE:
@@ -202,13 +203,29 @@ def warn(line: str) -> None:
     say(sys.stderr, f"warning: {line}")
 
 
-def dry_run(request: StageRequest, whole: WholeRun) -> int:
-    """Every stage's plan. Models that a stage would get from the one before are not there yet: the base stands in."""
+def look_ahead(request: StageRequest, whole: WholeRun) -> None:
+    """Judge every stage that has not begun: what the last one refuses should not be learnt after hours of the first."""
     for stage in whole.stages:
-        folder = Path(stage.folder)
-        flags = {**request.flags, "trainer.output_dir": str(folder.parent), "trainer.exp_name": folder.name}
-        if stage.stage == "seqkd":
-            flags.pop("critic.model.path", None)
-        own = replace(request, stage=stage.stage, flags=flags, resume=request.resume and folders.can_resume(folder))
+        if stage.state != DONE and not folders.can_resume(Path(stage.folder)):
+            prepare(on_its_own(request, stage))
+
+
+def dry_run(request: StageRequest, whole: WholeRun) -> int:
+    """Every stage's plan; as JSON one list of them."""
+    requests = [on_its_own(request, stage) for stage in whole.stages]
+    if request.as_json:
+        reports = [plan_report(prepare(own)) for own in requests]
+        say(sys.stdout, json.dumps(reports, indent=2, ensure_ascii=False))
+        return int(ExitCode.OK)
+    for own in requests:
         show_plan(prepare(own), own)
     return int(ExitCode.OK)
+
+
+def on_its_own(request: StageRequest, stage: StageState) -> StageRequest:
+    """A stage as a request, with the base standing in for models that the stage before has yet to make."""
+    folder = Path(stage.folder)
+    flags = {**request.flags, "trainer.output_dir": str(folder.parent), "trainer.exp_name": folder.name}
+    if stage.stage == "seqkd":
+        flags.pop("critic.model.path", None)
+    return replace(request, stage=stage.stage, flags=flags, resume=request.resume and folders.can_resume(folder))
