@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from evaluate.judge_server import JudgeServer
-from evaluate.tiny_model import write_tiny_model
 from gadcli.cli import app
+from tiny import write_tiny_model
 
 
 @pytest.fixture(scope="module")
