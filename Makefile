@@ -11,6 +11,9 @@ ARGS ?=
 install = $(if $(PYTHON),PYTHON=$(PYTHON)) $(if $(PYTORCH_INDEX),PYTORCH_INDEX=$(PYTORCH_INDEX)) \
 	bash requirements/install.sh $(VENV)
 pytest = OMP_NUM_THREADS=1 $(PY) -m pytest -q
+# Two at a time: most tests wait for processes they started. Files stay whole, since their fixtures are dear.
+JOBS ?= 2
+in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-kill check format docs completions wheel clean
 
@@ -29,14 +32,14 @@ demo: venv ## the three stages on the embedded default, with a before/after tabl
 demo-quick: venv ## the demo in under three minutes
 	$(BIN)/gad demo --quick
 
-test: venv-test ## all tests
-	$(pytest) $(ARGS)
+test: venv-test ## all tests (JOBS=2 at a time)
+	$(pytest) $(in_parallel) $(ARGS)
 
 test-fast: venv-test ## tests without the slow ones (real inference engines, many processes)
-	$(pytest) -m "not slow" $(ARGS)
+	$(pytest) $(in_parallel) -m "not slow" $(ARGS)
 
 test-slow: venv-test ## only the slow ones
-	$(pytest) -m slow $(ARGS)
+	$(pytest) $(in_parallel) -m slow $(ARGS)
 
 test-kill: venv-test ## kill -9 a saving run 100 times (KILLS=100): nothing committed may be lost
 	rm -rf .test-kill

@@ -19,6 +19,7 @@ ROOTS = {
     "test": [
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "pandas",
         "polars",

@@ -1,10 +1,27 @@
-"""What holds for every test: one thread a process, no network, no colour; set before torch is imported."""
+"""What holds for every test: one thread a process, no network, no colour (set before torch is imported); the order."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NO_COLOR", "1")
+
+LONG_FILES = (
+    "train/test_demo.py",
+    "engine/test_worlds_and_resume.py",
+    "engine/test_samplers.py",
+    "data/test_mutations.py",
+    "checkpoint/test_world_sizes.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: begun last, one of them would run on alone while the other worker has nothing left."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))

@@ -98,7 +98,7 @@ def test_curves_are_drawn_into_a_png(capsys: pytest.CaptureFixture[str], tmp_pat
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["nowhere"], 3, "not a run's folder"),
+        (["nowhere"], 2, "there is no run nowhere"),
         (["synthetic", "--loss", "v9"], 2, "v9"),
         (["synthetic", "critic.final.score=1"], 2, "critic.final.score"),
     ],

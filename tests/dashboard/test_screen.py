@@ -73,7 +73,7 @@ def test_a_wide_screen_uses_its_room(good: RunView) -> None:
 
 def test_a_healthy_run_shows_no_advice(good: RunView) -> None:
     assert "try " not in text_of(good, 100, 30)
-    assert why_lines(good, 0.0)[1].endswith("nothing is unhealthy")
+    assert why_lines(good, 0.0)[1].endswith("nothing is unhealthy in its metrics")
 
 
 def test_keys_switch_group_and_sample_and_pause(good: RunView) -> None:

@@ -60,22 +60,27 @@ def batch_of(plan: dict[str, Any], folder: Path) -> int:
 
 def render(results: list[StageResult], merged: Path) -> str:
     """The table, three answers side by side and what to do next, as plain text of the terminal's width."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     console = Console(file=io.StringIO(), width=width, highlight=False, no_color=True)
     seqkd, warmup, gad, control = results
-    table = Table(title=f"Held-out results, {len(seqkd.samples[0])} prompts, sampled at the rollout temperature",
-                  title_justify="left")  # fmt: skip
-    for column in ("", "ROUGE-L (95 %)", "exact", "form", "length", "d_acc", "seconds", "rows"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    table.add_row("before", *cells(seqkd, 0), "", "")
-    table.add_row("after seqkd", *cells(seqkd), f"{seqkd.train_seconds:.0f}", f"{seqkd.teacher_rows}")
-    same = ["as above", "", "", ""]
-    table.add_row("after warmup", *same, d_acc(warmup), f"{warmup.train_seconds:.0f}", f"{warmup.teacher_rows}")
-    table.add_row("after gad", *cells(gad), f"{gad.train_seconds:.0f}", f"{gad.teacher_rows}")
-    table.add_row("control: more seqkd", *cells(control), f"{control.train_seconds:.0f}", f"{control.teacher_rows}")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, title_justify="left",
+                  title=f"Held-out results, {len(seqkd.samples[0])} prompts, at the rollout temperature")  # fmt: skip
+    columns = ["", "ROUGE-L", "same", "form", "len", "d_acc", "rows", "secs"]
+    shown = len(columns) if width >= 70 else len(columns) - 1  # in 60 columns there is no room for the seconds
+    for column in columns[:shown]:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in (
+        ["before", *cells(seqkd, 0), "", ""],
+        ["after seqkd", *cells(seqkd), *spent(seqkd)],
+        ["after warmup", "as above", "", "", "", d_acc(warmup), *spent(warmup)],
+        ["after gad", *cells(gad), *spent(gad)],
+        ["control", *cells(control), *spent(control)],
+    ):
+        table.add_row(*row[:shown])
     console.print(table)
     console.print(NOTES.format(temperature_n=gad.rollout_n, sync=100 * gad.sync_share), width=width)
     console.print(verdict(gad, seqkd, control))
@@ -89,6 +94,8 @@ def render(results: list[StageResult], merged: Path) -> str:
 
 
 NOTES = (
+    "ROUGE-L ± half of its 95 % interval over prompts; same and form: shares that equal the teacher's text, and that "
+    "have its form; len: length against the teacher's; rows: teacher rows read in training.\n"
     "warmup teaches the discriminator alone, so the student is the one above; d_acc is its held-out accuracy.\n"
     "control: the seqkd student, supervised for the wall time that warmup and gad took together, on the same file. "
     "It reads one teacher row at a time where gad draws {temperature_n} answers a row, so it sees more rows: that is "
@@ -98,18 +105,23 @@ NOTES = (
 
 
 def cells(result: StageResult, step: int | None = None) -> list[str]:
-    """ROUGE-L with its interval, exact, form, length ratio, d_acc of one evaluation."""
+    """ROUGE-L with half its 95 % interval, exact, form, length ratio, d_acc of one evaluation."""
     step = result.last if step is None else step
     metrics, rows = result.evals[step], result.samples[step]
     low, high = bootstrap_interval([rouge_l(row["student"], row["teacher"]) for row in rows])
     form = sum(has_form(row["student"]) for row in rows) / len(rows)
     return [
-        f"{metrics['val/rouge_l']:.3f} ({low:.3f}-{high:.3f})",
-        f"{metrics['val/exact_match']:.3f}",
-        f"{form:.3f}",
+        f"{metrics['val/rouge_l']:.3f} ±" + f"{(high - low) / 2:.3f}".removeprefix("0"),
+        f"{metrics['val/exact_match']:.2f}",
+        f"{form:.2f}",
         f"{metrics['val/length_ratio']:.2f}x",
         d_acc(result, step),
     ]
+
+
+def spent(result: StageResult) -> list[str]:
+    """Teacher rows read and seconds of training."""
+    return [f"{result.teacher_rows}", f"{result.train_seconds:.0f}"]
 
 
 def d_acc(result: StageResult, step: int | None = None) -> str:
