@@ -72,9 +72,9 @@ def test_ranks_take_disjoint_parts_that_make_up_the_batch() -> None:
 
 
 def test_a_hundred_million_rows_cost_no_memory_and_no_time() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     rows = BatchOrder(100_000_000, 128, seed=1, shuffle=True).rows(700_000)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert len(set(rows)) == 128
 
 

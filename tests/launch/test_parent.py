@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,18 +60,15 @@ def test_a_dry_run_as_json_is_one_document(place: Path) -> None:
     assert report["run_dir"] == "runs/e"
 
 
-def test_a_dry_run_imports_no_torch_and_is_quick(place: Path) -> None:
+def test_a_dry_run_imports_no_torch(place: Path) -> None:
     script = (
         "import sys; from gadcli.cli import app; code = app.run(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'vllm'} & set(sys.modules); sys.exit(f'imported {heavy}' if heavy else code)"
     )
     words = ["train", "warmup", "--preset", "chengla-8b", "--model", "org/x", "--dry-run", *SEQKD[-2:]]
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=place, env=env, capture_output=True, text=True)
-    took = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    assert took < 4.0  # 0.7 s on an idle machine; tests share theirs
 
 
 def test_a_runs_folder_holds_config_plan_lineage_and_logs(place: Path) -> None:

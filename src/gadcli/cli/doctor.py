@@ -56,11 +56,9 @@ def collect() -> dict[str, Any]:
 
 
 def _cache_disk() -> float:
-    import os
-
     from gadcli.config import machine
 
-    return machine.free_disk_gb(Path(os.environ.get("GAD_CACHE") or Path.home() / ".cache" / "gad"))
+    return machine.free_disk_gb(machine.cache_folder())
 
 
 def _engine() -> str | None:

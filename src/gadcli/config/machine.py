@@ -25,6 +25,13 @@ class Gpu:
     free_gb: float
 
 
+def cache_folder() -> Path:
+    """Where converted models and token ids are kept: $GAD_CACHE, else $XDG_CACHE_HOME/gad, else ~/.cache/gad."""
+    if own := os.environ.get("GAD_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gad"
+
+
 def version_of(package: str) -> str | None:
     """A distribution's version by its metadata; nothing is imported."""
     try:

@@ -52,7 +52,9 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    path: str = opt("", "hub name, local Hugging Face folder, .gguf file, or a run's global_step_N/actor|critic")
+    path: str = opt(
+        "", "hub name, local Hugging Face folder, .gguf file, a run's global_step_N/actor|critic, or embedded"
+    )
     dtype: str = opt(
         "auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPU", choices=("auto", "float32", "bfloat16")
     )

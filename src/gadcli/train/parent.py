@@ -17,6 +17,7 @@ from gadcli.config.modelinfo import read_model_config
 from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
 from gadcli.config.schema import GadConfig
+from gadcli.data.smollm import embedded_or
 from gadcli.engine.environment import processes_here
 from gadcli.engine.launch import STARTED, WORKER_MODULE, LaunchSpec
 from gadcli.engine.outcome import Outcome
@@ -98,6 +99,8 @@ def prepare(request: StageRequest) -> Prepared:
     request = with_runs_own_config(request)
     resolved = resolve(request.stage, request.preset, request.config_file, dict(request.flags), list(request.overrides))
     config = resolved.config
+    for model in (config.actor.model, config.critic.model):
+        model.path = embedded_or(model.path)
     if not request.dry_run:
         check_inputs(config)
     for path in (config.actor.model.path, config.critic.model.path):
