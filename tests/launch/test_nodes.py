@@ -1,8 +1,9 @@
 """Worlds that the parent does not start alone: a user's torchrun, two launchers that meet, SLURM.
 
 Pins: torchrun's ranks turn into workers, each with its log, over one folder · two launchers form one world and all end
-with 0 · a rank killed on one machine ends both with 7, long before any collective's time limit · with --max-restarts all
-ranks are started again and resume · what SLURM's variables mean · the job file asks for a signal before the end and goes on after a requeue.
+with 0 · a rank killed on one machine ends both with 7, long before any collective's time limit · ranks that a launcher
+starts again resume · what SLURM's variables mean · the job file asks for a signal before the end and goes on after a
+requeue.
 """
 
 from __future__ import annotations
