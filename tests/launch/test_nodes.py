@@ -1,8 +1,9 @@
 """Worlds that the parent does not start alone: a user's torchrun, two launchers that meet, SLURM.
 
 Pins: torchrun's ranks turn into workers, each with its log, over one folder · two launchers form one world and all end
-with 0 · a rank killed on one machine ends both with 7, long before any collective's time limit · what SLURM's variables
-mean · the job file asks for a signal before the end and goes on after a requeue.
+with 0 · a rank killed on one machine ends both with 7, long before any collective's time limit · ranks that a launcher
+starts again resume · what SLURM's variables mean · the job file asks for a signal before the end and goes on after a
+requeue.
 """
 
 from __future__ import annotations
@@ -48,10 +49,16 @@ def begin(place: Path, words: list[str], does: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *words], cwd=place, env=env, text=True, **pipes)
 
 
-def two_launchers(place: Path, does: str) -> list[subprocess.Popen[str]]:
+def two_launchers(place: Path, does: str, *more: str) -> list[subprocess.Popen[str]]:
     meeting = f"127.0.0.1:{free_port()}"
-    world = ["--nnodes", "2", "--nproc", "1", "--rdzv-endpoint", meeting]
+    world = ["--nnodes", "2", "--nproc", "1", "--rdzv-endpoint", meeting, *more]
     return [begin(place, [GAD, *SEQKD, *world, "--node-rank", str(node)], does) for node in range(2)]
+
+
+def resumed_starts(metrics: Path) -> list[bool]:
+    """Whether each start that a log holds went on from a checkpoint."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [record["resumed"] for record in records if record["type"] == "run"]
 
 
 @pytest.mark.slow
@@ -66,6 +73,21 @@ def test_ranks_of_a_users_torchrun_become_workers_over_one_folder(place: Path) -
 
 
 @pytest.mark.slow
+def test_a_users_torchrun_that_restarts_its_ranks_goes_on_with_the_run(place: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
+                f"--master-port={free_port()}", GAD]  # fmt: skip
+    process = begin(place, [*torchrun, *SEQKD], "steps=60 sleep=0.1")
+    metrics = place / "runs/e/metrics.jsonl"
+    assert wait_until(lambda: metrics.exists() and '"step"' in metrics.read_text(), 90)
+    victim = place / "runs/e/pid_1"
+    assert wait_until(lambda: victim.exists() and victim.read_text() != "", 30)
+    os.kill(int(victim.read_text()), signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert resumed_starts(metrics) == [False, True]
+
+
+@pytest.mark.slow
 def test_two_launchers_form_one_world_and_a_killed_rank_ends_both_with_7(place: Path) -> None:
     launchers = two_launchers(place, "steps=1 hang")
     pids = [place / "runs/e" / f"pid_{rank}" for rank in range(2)]
@@ -77,6 +99,22 @@ def test_two_launchers_form_one_world_and_a_killed_rank_ends_both_with_7(place: 
     assert [launcher.returncode for launcher in launchers] == [7, 7], errors
     assert time.monotonic() - began < 20
     assert not alive(other)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_under_two_launchers_is_started_again_and_all_resume(place: Path) -> None:
+    launchers = two_launchers(place, "steps=60 sleep=0.1", "--max-restarts", "1")
+    pids = [place / "runs/e" / f"pid_{rank}" for rank in range(2)]
+    metrics = place / "runs/e/metrics.jsonl"
+    assert wait_until(lambda: metrics.exists() and '"step"' in metrics.read_text(), 90)
+    assert wait_until(lambda: all(path.exists() and path.read_text() for path in pids), 30)
+    before = [int(path.read_text()) for path in pids]
+    for pid in reversed(before):  # these workers have no collectives by which the first death would end the other
+        os.kill(pid, signal.SIGKILL)
+    errors = [launcher.communicate(timeout=90)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+    assert all(int(path.read_text()) != pid for path, pid in zip(pids, before, strict=True))
+    assert resumed_starts(metrics) == [False, True]
 
 
 @pytest.mark.slow
@@ -97,7 +135,7 @@ def test_torchruns_variables_are_this_processs_place() -> None:
     place = torchrun_place(env)
     assert place is not None
     assert (place.rank, place.world, place.local_rank, place.local_world) == (3, 4, 1, 2)
-    assert place.restarted and place.launch_id == "x-29500-1"
+    assert place.restarted and place.launch_id == "x-29500"
     assert torchrun_place({"RANK": "3"}) is None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gadcli.engine import environment
+from gadcli.engine import environment, lifetime
 from gadcli.engine.outcome import Lost, RankEnd, StopRequest, judge, log_tail, oom_kills
 
 NO_STOP = StopRequest()
@@ -105,3 +105,15 @@ def test_a_world_of_one_gets_no_rendezvous_variables() -> None:
     env = {"RANK": "5", "MASTER_PORT": "1", "HOME": "/h"}
     assert environment.rank_env(env, 0, 1, 0, 1) == {"HOME": "/h"}
     assert environment.rank_env({}, 1, 2, 1, 2)["RANK"] == "1"
+
+
+def test_a_worker_that_its_launcher_starts_again_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["gadcli.train.worker", "--run-dir", "d"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert lifetime.with_resume(words, tmp_path) == words  # the first start
+    assert lifetime.with_resume(words, tmp_path) == [*words, "--resume"]
+    assert lifetime.with_resume([*words, "--resume"], tmp_path) == [*words, "--resume"]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert lifetime.with_resume(words, tmp_path) == words  # another rank's first start
+    monkeypatch.setattr(lifetime, "agent_key", lambda: "another launcher")
+    assert lifetime.with_resume(words, tmp_path) == words  # a new launch over an old folder

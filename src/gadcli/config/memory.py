@@ -33,6 +33,7 @@ class Setting:
     student: ModelShape
     critic: ModelShape | None
     device_gb: float | None = None  # a GPU's memory, where known
+    local_size: int = 0  # processes a machine; 0 shares the world out over trainer.nnodes
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def _peaks(
     largest_tensor = setting.student.embedding_params * FP32
     training_peak = resident + max(updates)
     rollout_peak = resident + largest_tensor
-    local = setting.world_size // cfg.trainer.nnodes if cfg.trainer.nnodes > 1 else setting.world_size
+    local = setting.local_size or max(1, setting.world_size // cfg.trainer.nnodes)
     if on_gpu:  # every process reads the whole model into host memory before it keeps its shard
         host_ram = local * (HOST_PER_GPU_PROCESS + host + actor.parameters * FP32)
     else:

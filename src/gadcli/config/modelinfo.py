@@ -126,10 +126,13 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 
 
 def local_model_dir(path: str) -> Path | None:
-    """The folder with a local model's config.json: the path, a checkpoint's huggingface/, or the hub's cache."""
+    """The folder with a local model's config.json: the path (or that file), a checkpoint's huggingface/, or the hub's
+    cache."""
     if not path:
         return None
     folder = Path(path).expanduser()
+    if folder.name == "config.json" and folder.is_file():
+        return folder.parent
     for candidate in (folder, folder / "huggingface"):
         if (candidate / "config.json").is_file():
             return candidate

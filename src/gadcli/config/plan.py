@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gadcli.config.checks import check
+from gadcli.config.fit import CLUSTERS, LARGE, Holding, advice_text, holding_table, too_large, what_gpus_hold
 from gadcli.config.memory import GIB, MemoryEstimate, ModelMemory, Setting, estimate
 from gadcli.config.modelinfo import ModelShape, model_shape
 from gadcli.config.schema import GadConfig
@@ -72,6 +73,7 @@ class Plan:
     unusual: list[str]
     origins: Mapping[str, str] = field(default_factory=dict)
     free_gb: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: list[Holding] = field(default_factory=list)  # what GPUs would hold, where this machine has none
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plan.json holds it; sizes in bytes."""
@@ -97,6 +99,7 @@ class Plan:
             },
             "memory": self.memory.to_json() if self.memory else None,
             "disk_bytes": self.memory.disk if self.memory else None,
+            "on_gpus": [holding.to_json() for holding in self.elsewhere],
             "settings": {key: value for key, value in flatten(cfg).items() if key in shown_keys(cfg)},
             "writes": self.writes(),
             "unusual": self.unusual,
@@ -121,6 +124,7 @@ class Plan:
             lines += memory_table(self.memory)
             lines += wrap("peak", self._peak(self.memory), width)
             lines += wrap("disk", self._disk(self.memory), width)
+            lines += self._elsewhere(width)
         else:
             lines += wrap("memory", "unknown: the model's config.json is not on this machine", width)
         run, *names = self._writes_short()
@@ -190,6 +194,19 @@ class Plan:
     def _disk(self, memory: MemoryEstimate) -> str:
         text = f"{gb(memory.checkpoint)} GiB a checkpoint, {memory.checkpoints_kept} at once: {gb(memory.disk)} GiB"
         return text + (f" (has {self.free_gb['disk']:.0f} free)" if "disk" in self.free_gb else "")
+
+    def _elsewhere(self, width: int) -> list[str]:
+        """What GPUs would hold, and what makes the run fit them."""
+        if not self.elsewhere:
+            return []
+        counts = " or ".join(", ".join(map(str, CLUSTERS)).rsplit(", ", 1))
+        lines = wrap("on GPUs", f"this machine has none; of {counts} GPUs of 80 GB each would hold, in bfloat16", width)
+        lines += holding_table(self.elsewhere, LABEL_WIDTH + 4)
+        for holding in self.elsewhere:
+            if holding.advice is not None:
+                where = f"{holding.gpus} GPU{'s' if holding.gpus > 1 else ''}"
+                lines += wrap("", f"- {advice_text(holding.advice, where)}", width)
+        return lines
 
     def _writes_short(self) -> list[str]:
         run = f"{self.cfg.trainer.output_dir}/{self.cfg.trainer.exp_name or run_name(self.cfg)}/"
@@ -320,55 +337,38 @@ def make_plan(
     base = critic_config or (model_config if not cfg.critic.model.path else None)
     critic = model_shape(base).cut(cfg.critic.model.num_layers) if has_critic and base else None
     free = dict(free_gb or {})
-    memory = None
-    if student and (critic or not has_critic):
-        memory = estimate(cfg, Setting(device, engine, world_size, student, critic, free.get("device")))
     steps = count_steps(cfg, rows) if rows is not None else None
-    found += unusual(cfg, steps, memory, free)
+    found += unusual(cfg, steps)
+    memory = None
+    elsewhere: list[Holding] = []
+    if student and (critic or not has_critic):
+        setting = Setting(device, engine, world_size, student, critic, free.get("device"))
+        memory = estimate(cfg, setting)
+        found += too_large(cfg, setting, memory, free)
+        if "disk" in free and memory.disk / GIB > free["disk"]:
+            found.append(f"checkpoints need {memory.disk / GIB:.1f} GiB of disk, {free['disk']:.1f} are free")
+        here = memory.host_ram / GIB <= free.get("ram", memory.host_ram / GIB)
+        if device == "cpu" and cfg.trainer.device == "auto" and (student.causal_params >= LARGE or not here):
+            elsewhere = what_gpus_hold(cfg, setting)
     return Plan(
-        cfg, rows, dropped, steps, world_size, device, engine, student, critic, memory, found, origins or {}, free
-    )
+        cfg, rows, dropped, steps, world_size, device, engine, student, critic, memory, found, origins or {}, free,
+        elsewhere,
+    )  # fmt: skip
 
 
-def unusual(
-    cfg: GadConfig, steps: Steps | None, memory: MemoryEstimate | None, free_gb: Mapping[str, float]
-) -> Iterator[str]:
-    """What the arithmetic shows and the reader may not expect."""
-    warmup = cfg.trainer.critic_warmup
-    if steps is not None:
-        if warmup > 0 and warmup * 2 >= steps.total and not cfg.trainer.total_steps:
-            yield (
-                f"trainer.critic_warmup={warmup} of {steps.total} steps: the student learns in {steps.actor} of them; "
-                "lower it, or train longer"
-            )
-        rows = steps.per_epoch * cfg.data.train_batch_size + steps.left_over
-        if steps.left_over * 5 > rows:
-            yield (
-                f"{steps.left_over} of {rows} rows are left over in each epoch; "
-                f"a smaller data.train_batch_size uses more of them"
-            )
-    if memory is None:
+def unusual(cfg: GadConfig, steps: Steps | None) -> Iterator[str]:
+    """What the arithmetic of steps shows and the reader may not expect."""
+    if steps is None:
         return
-    peak = max(memory.training_peak, memory.rollout_peak) / GIB
-    if "device" in free_gb and peak > free_gb["device"]:
-        yield f"needs {peak:.0f} GiB a GPU, which has {free_gb['device']:.0f}: {' or '.join(relief(cfg))}"
-    if "ram" in free_gb and memory.host_ram / GIB > free_gb["ram"]:
-        yield f"needs {memory.host_ram / GIB:.1f} GiB of host memory, {free_gb['ram']:.1f} are free"
-    if "disk" in free_gb and memory.disk / GIB > free_gb["disk"]:
-        yield f"checkpoints need {memory.disk / GIB:.1f} GiB of disk, {free_gb['disk']:.1f} are free"
-
-
-def relief(cfg: GadConfig) -> list[str]:
-    """Overrides that lower the peak, the cheapest first."""
-    ways = []
-    if not cfg.actor.model.gradient_checkpointing:
-        ways.append("actor.model.gradient_checkpointing=true")
-    ways.append(f"actor.micro_batch_tokens={max(1, cfg.actor.micro_batch_tokens // 2)}")
-    if not cfg.fsdp.offload_reference and cfg.actor.use_kl_loss:
-        ways.append("fsdp.offload_reference=true")
-    if not cfg.fsdp.offload_critic and cfg.trainer.critic_warmup >= 0:
-        ways.append("fsdp.offload_critic=true")
-    if not cfg.actor.model.lora.rank:
-        ways.append("actor.model.lora.rank=64")
-    ways.append("more GPUs")
-    return ways
+    warmup = cfg.trainer.critic_warmup
+    if warmup > 0 and warmup * 2 >= steps.total and not cfg.trainer.total_steps:
+        yield (
+            f"trainer.critic_warmup={warmup} of {steps.total} steps: the student learns in {steps.actor} of them; "
+            "lower it, or train longer"
+        )
+    rows = steps.per_epoch * cfg.data.train_batch_size + steps.left_over
+    if steps.left_over * 5 > rows:
+        yield (
+            f"{steps.left_over} of {rows} rows are left over in each epoch; "
+            f"a smaller data.train_batch_size uses more of them"
+        )

@@ -11,6 +11,7 @@ import faulthandler
 import os
 import runpy
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -50,6 +51,40 @@ def log_to_file(folder: Path, rank: int) -> None:
     os.close(handle)
 
 
+def agent_key() -> str:
+    """Who started this process: host, pid and the kernel's start time of the parent, which no other process shares."""
+    parent = os.getppid()
+    try:
+        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        born = "?"
+    return f"{socket.gethostname()} {parent} {born}"
+
+
+def _start_note(logs: Path) -> Path:
+    return logs / f"started_{socket.gethostname()}_{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def started_before(logs: Path) -> bool:
+    """Whether the same launcher has started this rank before: a restart, which goes on from the last checkpoint.
+
+    torch's launcher repeats the words of the first start, and its TORCHELASTIC_RESTART_COUNT stays 0 on machines that
+    only follow another's restart.
+    """
+    try:
+        return _start_note(logs).read_text() == agent_key()
+    except OSError:
+        return False
+
+
+def with_resume(words: list[str], logs: Path) -> list[str]:
+    """The worker's words, with --resume where this is a restart; notes the start."""
+    again = started_before(logs)
+    logs.mkdir(parents=True, exist_ok=True)
+    _start_note(logs).write_text(agent_key())
+    return [*words, "--resume"] if again and "--resume" not in words else words
+
+
 def main() -> None:
     """Tie this process to its parent, then become the module named on the command line."""
     parent = os.environ.get(PARENT_VARIABLE)
@@ -60,10 +95,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    words = sys.argv[1:]
     if folder := os.environ.get(LOG_DIR_VARIABLE):
         log_to_file(Path(folder), int(os.environ.get("RANK", "0")))
-    module = sys.argv[1]
-    sys.argv = sys.argv[1:]
+        words = with_resume(words, Path(folder))
+    module, sys.argv = words[0], words
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -104,7 +104,7 @@ def prepare(request: StageRequest) -> Prepared:
     if not request.dry_run:
         check_inputs(config)
     for path in (config.actor.model.path, config.critic.model.path):
-        check_model_path(path)
+        check_model_path(path, dry_run=request.dry_run)
     device, engine = pick_device(config.trainer.device), pick_engine(config.rollout.engine)
     nproc = processes_here(config.trainer.nproc, device)
     world = nproc * config.trainer.nnodes

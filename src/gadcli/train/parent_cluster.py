@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gadcli.config.resolve import resolve
 from gadcli.engine import environment, lifetime
 from gadcli.errors import ConfigError, ExitCode, PeerError
 from gadcli.train import parent_folder as folders
@@ -33,7 +34,7 @@ class Place:
     host: str
     port: int
     launch_id: str
-    restarted: bool = False
+    restarted: bool = False  # as far as the launcher's own variables say
 
     @property
     def variables(self) -> dict[str, str]:
@@ -82,7 +83,8 @@ def torchrun_place(env: Mapping[str, str]) -> Place | None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         return None
     restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    launch_id = f"{env.get('TORCHELASTIC_RUN_ID', 'static')}-{env['MASTER_PORT']}-{restarts}"
+    # Not the count of restarts: it differs between machines when one follows another's restart.
+    launch_id = f"{env.get('TORCHELASTIC_RUN_ID', 'static')}-{env['MASTER_PORT']}"
     return Place(
         int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")),
         int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])), env["MASTER_ADDR"], int(env["MASTER_PORT"]),
@@ -140,7 +142,10 @@ def expand_hosts(text: str) -> list[str]:
 
 def become_worker(request: StageRequest, place: Place) -> int:
     """Rank 0 prepares the folder, the others wait for it; then each turns into a worker. Does not return."""
-    request = replace(request, resume=request.resume or place.restarted)
+    if not request.resume:
+        named = resolve(request.stage, request.preset, request.config_file, dict(request.flags), request.overrides)
+        again = place.restarted or lifetime.started_before(folders.run_dir_of(named.config) / "logs")
+        request = replace(request, resume=again)
     # The others look at the same data and config, so that all fail alike, but only rank 0 writes.
     prepared = prepare(request if place.rank == 0 else replace(request, force=True))
     ready = prepared.run_dir / "logs" / "ready.json"

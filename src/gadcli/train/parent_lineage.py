@@ -31,13 +31,17 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest(), "sampled": True}
 
 
-def check_model_path(path: str) -> None:
+def check_model_path(path: str, *, dry_run: bool = False) -> None:
     """ConfigError (2) for what can only be a local path and is not there, CheckpointError (4) for a checkpoint of ours
-    with files missing or cut. A hub name is the worker's to find."""
+    with files missing or cut. A hub name is the worker's to find; a config.json alone is enough for a plan."""
     local = Path(path).expanduser()
     looks_local = local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or path.endswith(".gguf")
     if path and looks_local and not local.exists():
         raise ConfigError(f"model {path}: no such file or folder", nearest(local))
+    if local.is_file() and local.name == "config.json":
+        if not dry_run:
+            raise ConfigError(f"model {path}: a config.json alone has no weights", "--dry-run plans with it")
+        return
     if local.is_file() and local.suffix.lower() != ".gguf":
         raise ConfigError(f"model {path}: a file that is no .gguf", "--model takes a model's folder, or a .gguf file")
     if (local.parent / MANIFEST).is_file() and local.is_dir():
