@@ -27,7 +27,9 @@ def test_repeats_are_counted_alike_wherever_they_are_kept(in_memory: int, monkey
         assert len(examples) == 201
         assert examples[0] == (2000, 0)
         assert examples[-1] == (2990, 2000)
-        found = np.sort(np.concatenate(list(repeats.matching(np.unique(hashes[:3])))))
+        with Repeats() as other:
+            other.add(np.append(hashes[:3], np.uint64(2**64 - 1)), 0)
+            found = np.sort(np.concatenate(list(repeats.shared_with(other))))
         assert found.tolist() == [0, 1, 2, 2000, 2001, 2002, 2990]
 
 

@@ -229,6 +229,8 @@ def fixed(summary: Summary, spec: CheckSpec, quiet: bool) -> bool:
         return False
     note(f"wrote {spec.out} ({summary.kept + summary.truncated:,} rows, {summary.truncated:,} of them trimmed) and "
          f"{dropped_path(spec.out)} ({summary.dropped - summary.truncated:,} dropped)", quiet)  # fmt: skip
+    if summary.left_out:
+        note(f"columns not carried over: {', '.join(summary.left_out)}")
     return summary.file_errors == 0
 
 

@@ -133,8 +133,10 @@ def split(
     if not shares or sum(s for s in shares.values() if s < 1) >= 1:
         raise ConfigError("the held-out parts must leave something to train on", "--val 0.02")
     bar = ProgressBar("split", quiet)
-    counts = run_split(files, (prompt_key, response_key), shares, out, bar)
+    counts, left_out = run_split(files, (prompt_key, response_key), shares, out, bar)
     bar.close()
+    if left_out:
+        print(f"columns not carried over: {', '.join(left_out)}", file=sys.stderr)
     if as_json:
         print_json({name: {"rows": rows, "file": str(out / f"{name}.parquet")} for name, rows in counts.items()})
     elif not quiet:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from gadcli.data.check import (
     TOKENISED_ROWS,
@@ -33,6 +32,7 @@ from gadcli.data.tokenize import ChatTokenizer
 from gadcli.data.writing import CleanWriter
 from gadcli.errors import DataError
 
+Place = Callable[[int], tuple[str, int]]  # a row id to its file and the row within it
 EXAMPLES = 1000  # findings written for repeats and overlap; all of them are counted
 
 
@@ -66,11 +66,12 @@ def audit(
         writer = None
         if spec.fix and spec.out is not None:
             writer = stack.enter_context(CleanWriter(spec.out, infos, spec.keys))
-        starts = _scan(infos, spec, summary, progress, repeats, prompts, writer)
-        _repeats(summary, repeats, infos, starts)
+        place = _places(_scan(infos, spec, summary, progress, repeats, prompts, writer))
+        _repeats(summary, repeats, place)
         if prompts is not None:
-            _overlap(spec, summary, prompts, infos, starts)
+            _overlap(spec, summary, prompts, place)
         if writer is not None:
+            summary.left_out = writer.left_out
             writer.commit()
     return summary
 
@@ -83,13 +84,15 @@ def _scan(
     repeats: Repeats,
     prompts: Repeats | None,
     writer: CleanWriter | None,
-) -> list[int]:
-    """The pass itself; returns each file's first row id."""
+) -> list[tuple[int, str]]:
+    """The pass itself; returns where each file begins: its first row id and its name, in order."""
     special = SpecialText(spec.tokenizer.special_texts) if spec.tokenizer else None
-    starts: dict[str, int] = {}
+    starts: list[tuple[int, str]] = []
     most = TOKENISED_ROWS if spec.tokenizer else CHUNK_ROWS
     for batch in scan_rows(infos, spec.keys, summary, progress, with_extras=writer is not None, most_rows=most):
-        starts.setdefault(batch.file, batch.first_id - batch.first_row)
+        start = (batch.first_id - batch.first_row, batch.file)
+        if starts[-1:] != [start]:  # a file named twice starts twice
+            starts.append(start)
         trimmed: dict[int, str] = {}
         if special is not None and spec.tokenizer is not None:
             special.check(batch, spec.keys)
@@ -107,7 +110,7 @@ def _scan(
             prompts.add(prompt_hashes, batch.first_id + good)
         if writer is not None:
             writer.write(batch, trimmed)
-    return [starts.get(i.path, 0) for i in infos]
+    return starts
 
 
 def _trim(batch: RowBatch, before: Any, tokenizer: ChatTokenizer, limits: Limits) -> dict[int, str]:
@@ -133,19 +136,16 @@ def _trim(batch: RowBatch, before: Any, tokenizer: ChatTokenizer, limits: Limits
     return out
 
 
-def _places(infos: list[FileInfo], starts: list[int]) -> Any:
-    bounds = np.array(starts)
-
+def _places(starts: list[tuple[int, str]]) -> Place:
     def place(row_id: int) -> tuple[str, int]:
-        at = int(np.searchsorted(bounds, row_id, side="right")) - 1
-        return infos[at].path, row_id - starts[at]
+        first, file = starts[bisect.bisect(starts, row_id, key=lambda s: s[0]) - 1]
+        return file, row_id - first
 
     return place
 
 
-def _repeats(summary: Summary, repeats: Repeats, infos: list[FileInfo], starts: list[int]) -> None:
+def _repeats(summary: Summary, repeats: Repeats, place: Place) -> None:
     count, examples = repeats.result(EXAMPLES)
-    place = _places(infos, starts)
     for row, earlier in examples:
         (file, at), (first_file, first_at) = place(row), place(earlier)
         summary.add([Finding("duplicate", file, f"repeats row {first_at} of {first_file}", row=at)])
@@ -153,20 +153,21 @@ def _repeats(summary: Summary, repeats: Repeats, infos: list[FileInfo], starts: 
         summary.counts["duplicate"] = count
 
 
-def _overlap(spec: CheckSpec, summary: Summary, prompts: Repeats, infos: list[FileInfo], starts: list[int]) -> None:
-    """Prompts of the held-out files that training has too. The held-out hashes are kept in memory, 8 bytes a row."""
+def _overlap(spec: CheckSpec, summary: Summary, prompts: Repeats, place: Place) -> None:
+    """Prompts of the held-out files that training has too."""
     aside = Summary()
-    batches = scan_rows(open_files(spec.val, spec.keys, aside), spec.keys, aside)
-    held = [np.empty(0, np.uint64), *(np.unique(hash_rows(batch)[1]) for batch in batches)]
-    if aside.file_errors:
-        summary.add(f for group in aside.examples.values() for f in group)
-    place = _places(infos, starts)
     count = 0
-    for rows in prompts.matching(np.unique(np.concatenate(held))):
-        for row in rows[: max(0, EXAMPLES - count)].tolist():
-            file, at = place(row)
-            summary.add([Finding("overlap", file, "this prompt is in the held-out files too", row=at)])
-        count += len(rows)
+    with Repeats() as held:
+        for batch in scan_rows(open_files(spec.val, spec.keys, aside), spec.keys, aside):
+            good, hashes, _ = hash_rows(batch)
+            held.add(hashes, batch.first_id + good)
+        if aside.file_errors:
+            summary.add(f for group in aside.examples.values() for f in group)
+        for rows in prompts.shared_with(held):
+            for row in rows[: max(0, EXAMPLES - count)].tolist():
+                file, at = place(row)
+                summary.add([Finding("overlap", file, "this prompt is in the held-out files too", row=at)])
+            count += len(rows)
     if count:
         summary.counts["overlap"] = count
 
@@ -219,6 +220,7 @@ def summary_json(summary: Summary) -> dict[str, Any]:
         "dropped": summary.dropped,
         "trimmed": summary.truncated,
         "file_errors": summary.file_errors,
+        "columns_left_out": summary.left_out,
         "counts": dict(summary.counts),
         "examples": {r: [json.loads(f.to_json()) for f in fs] for r, fs in summary.examples.items()},
     }

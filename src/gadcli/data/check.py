@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tokenizers import Encoding
 
 from gadcli.data.files import FileInfo, expand, inspect
-from gadcli.data.findings import Finding, Summary, excerpt
+from gadcli.data.findings import Finding, Summary, excerpt, printable
 from gadcli.data.reading import CHUNK_ROWS, read_chunks
 from gadcli.data.rows import RowBatch, normalise
 from gadcli.data.template import TemplateRefusal
@@ -123,7 +123,7 @@ def tokenise(tokenizer: ChatTokenizer, batch: RowBatch, keys: tuple[str, str]) -
         try:
             texts.append(tokenizer.prompt_text(messages))
         except TemplateRefusal as error:
-            refused[i] = str(error)
+            refused[i] = printable(str(error))
     if refused:
         mask = np.zeros(len(batch), bool)
         mask[list(refused)] = True

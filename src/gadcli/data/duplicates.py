@@ -15,6 +15,7 @@ Hashes = npt.NDArray[np.uint64]
 PARTS = 64
 IN_MEMORY = 1_000_000  # hashes kept before they go to disk: 16 MB with their row ids
 ENTRY = np.dtype([("hash", "<u8"), ("row", "<i8")])
+NOTHING = np.empty(0, ENTRY)
 
 
 def content_hash(data: bytes) -> int:
@@ -56,7 +57,7 @@ class Repeats:
     def _flush(self) -> None:
         if self._spill is None:
             self._spill = tempfile.TemporaryDirectory(prefix="gad-repeats-", dir=self._folder)
-        entries = np.concatenate(self._held)
+        entries = np.concatenate([NOTHING, *self._held])
         part = (entries["hash"] >> np.uint64(58)).astype(np.int64)
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(PARTS + 1))
@@ -66,20 +67,21 @@ class Repeats:
         self._held, self._count = [], 0
 
     def _parts(self) -> Iterator[npt.NDArray[np.void]]:
+        """All entries in parts; equal hashes are in one."""
         if self._spill is None:
-            yield from [np.concatenate(self._held)] if self._held else []
+            yield np.concatenate([NOTHING, *self._held])
             return
-        if self._held:
-            self._flush()
+        self._flush()
         for p in range(PARTS):
-            file = Path(self._spill.name) / str(p)
-            if file.exists():
-                yield np.fromfile(file, ENTRY)
+            yield np.fromfile(Path(self._spill.name) / str(p), ENTRY)
 
-    def matching(self, wanted: Hashes) -> Iterator[npt.NDArray[np.int64]]:
-        """Ids of the rows whose hash is among `wanted`, a part at a time."""
-        for entries in self._parts():
-            yield entries["row"][np.isin(entries["hash"], wanted)]
+    def shared_with(self, other: Repeats) -> Iterator[npt.NDArray[np.int64]]:
+        """Ids of the rows whose hash `other` has too, a part at a time: memory grows with neither."""
+        if self._spill is not None or other._spill is not None:
+            self._flush()
+            other._flush()
+        for mine, theirs in zip(self._parts(), other._parts(), strict=True):
+            yield mine["row"][np.isin(mine["hash"], theirs["hash"])]
 
     def result(self, examples: int = 1000) -> tuple[int, list[tuple[int, int]]]:
         """How many rows repeat an earlier one, and some of them as (row, the row it repeats)."""

@@ -6,19 +6,21 @@ import difflib
 import glob
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gadcli.data.findings import Finding
+from gadcli.data.findings import Finding, printable
 from gadcli.errors import DataError, ResourceError
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 16 << 20  # parsed, 3 bytes of `[],` are 64 in memory
 PROBE_LINES = 64
 # A file that unfolds to over a thousand times its size, and to more than this, is a bomb and no corpus:
 # dictionary encoding already removes repeats, and the best compressors reach 20x on prose.
@@ -46,11 +48,16 @@ def expand(patterns: list[str] | tuple[str, ...]) -> list[str]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            matches = [str(p) for p in sorted(path.rglob("*")) if _is_data(p)]
+            matches = _inside(path)
         elif path.exists():
             matches = [str(path)]
         else:
-            matches = sorted(m for m in glob.glob(str(path), recursive=True) if os.path.isfile(m))
+            globbed = [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
+            # Spark writes folders called x.parquet; `**` matches them and the files in them.
+            each = (
+                _inside(m) if m.is_dir() and m.suffix in PARQUET_SUFFIXES else [str(m)] * m.is_file() for m in globbed
+            )
+            matches = list(dict.fromkeys(chain.from_iterable(each)))
         if not matches:
             kinds = ", ".join(PARQUET_SUFFIXES + JSONL_SUFFIXES)
             raise DataError(f"{pattern}: no such file, folder with data, or match", f"looked for {kinds}")
@@ -58,6 +65,10 @@ def expand(patterns: list[str] | tuple[str, ...]) -> list[str]:
     if not found:
         raise DataError("no data files given", "name parquet or jsonl files, folders or globs")
     return found
+
+
+def _inside(folder: Path) -> list[str]:
+    return [str(p) for p in sorted(folder.rglob("*")) if _is_data(p)]
 
 
 def _is_data(path: Path) -> bool:
@@ -71,7 +82,15 @@ def inspect(path: str, prompt_key: str, response_key: str | None) -> FileInfo | 
     Raises ResourceError for a file that would unfold out of all proportion.
     """
     try:
-        size = os.path.getsize(path)
+        path.encode()
+    except UnicodeEncodeError:  # pyarrow cannot open it, and no report could be written about it
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        return [Finding("file_unreadable", shown, "has a name that is not valid UTF-8: rename it")]
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe that no one writes to would wait for ever
+            return [Finding("file_unreadable", path, "is a pipe or device: files are read more than once")]
+        size = status.st_size
         with open(path, "rb") as file:
             magic = file.read(4)
     except OSError as error:
@@ -85,9 +104,9 @@ def inspect(path: str, prompt_key: str, response_key: str | None) -> FileInfo | 
 
 def missing_column(path: str, key: str, setting: str, columns: list[str]) -> Finding:
     """The finding for an absent column: the columns there are, and the nearest name."""
-    names = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
+    names = printable(", ".join(columns[:12])) + (", …" if len(columns) > 12 else "")
     near = difflib.get_close_matches(key, columns, n=1, cutoff=0.5)
-    advice = f"; did you mean {setting}={near[0]}?" if near else ""
+    advice = f"; did you mean {setting}={printable(near[0])}?" if near else ""
     return Finding("column_missing", path, f"has no column {key!r}; columns: {names or 'none'}{advice}", field=key)
 
 
@@ -135,6 +154,8 @@ def _inspect_parquet(path: str, size: int, prompt_key: str, response_key: str | 
 def _holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+    if isinstance(kind, pa.JsonType):  # DuckDB's JSON columns
+        kind = kind.storage_type
     return is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)
 
 
@@ -180,13 +201,24 @@ def _inspect_jsonl(path: str, size: int, prompt_key: str, response_key: str | No
     if lines == 0:
         return [Finding("file_empty", path, "has 0 rows")]
     if objects == 0:
-        return [Finding("file_unreadable", path, "is neither parquet nor lines of JSON objects")]
+        return [Finding("file_unreadable", path, f"is neither parquet nor lines of JSON objects{_looks_like(path)}")]
     missing = [
         missing_column(path, key, setting, list(columns))
         for key, setting in ((prompt_key, "data.prompt_key"), (response_key, "data.response_key"))
         if key is not None and key not in columns
     ]
     return missing or FileInfo(path, "jsonl", None, size, tuple(columns), ("json", "json"))
+
+
+def _looks_like(path: str) -> str:
+    """What a file that is no data seems to be, where the cure is known."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith((b"\x1f\x8b", b"(\xb5/\xfd", b"BZh", b"PK")):
+        return "; it is compressed: unpack it first"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return "; it is one JSON list: write one object a line"
+    return ""
 
 
 def json_lines(path: str) -> Iterator[bytes | None]:

@@ -79,7 +79,12 @@ class Finding:
 
     def where(self) -> str:
         place = self.file if self.row is None else f"{self.file} row {self.row}"
-        return f"{place} {self.field}".rstrip()
+        return printable(f"{place} {self.field}".rstrip())
+
+
+def printable(text: str) -> str:
+    """On one line, without what a terminal would obey; names in files may hold anything."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def excerpt(value: object) -> str:
@@ -105,6 +110,7 @@ class Summary:
     file_errors: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Finding]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # columns that a cleaned copy does not carry
     sink: IO[str] | None = None
 
     @property

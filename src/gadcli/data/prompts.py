@@ -47,6 +47,8 @@ def _texts_as_messages(chunk: RawChunk) -> RawChunk:
     """Text that is no JSON list stands for one user message."""
     values = chunk.content
     if isinstance(values, pa.Array):
+        if isinstance(values.type, pa.JsonType):
+            values = values.storage
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             return chunk

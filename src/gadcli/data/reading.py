@@ -36,7 +36,7 @@ def read_chunks(
     Raises ResourceError where a page or a row would not fit in memory.
     """
     if info.kind == "jsonl":
-        yield from _read_jsonl(info, columns, most_rows)
+        yield from _read_jsonl(info, columns, most_rows, with_extras)
         return
     try:
         with pq.ParquetFile(info.path, buffer_size=1 << 20, page_checksum_verification=True) as file:
@@ -130,9 +130,10 @@ def bounded_memory(what: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _read_jsonl(info: FileInfo, columns: tuple[str, str], most_rows: int) -> Iterator[RawChunk]:
+def _read_jsonl(info: FileInfo, columns: tuple[str, str], most_rows: int, with_records: bool) -> Iterator[RawChunk]:
     content: list[Any] = []
     teacher: list[Any] = []
+    records: list[Any] = []
     first_row, held = 0, 0
     for line in json_lines(info.path):
         value = parse_line(line)
@@ -143,10 +144,12 @@ def _read_jsonl(info: FileInfo, columns: tuple[str, str], most_rows: int) -> Ite
             fault = value if isinstance(value, JsonFault) else JsonFault(f"a {type(value).__name__}, not an object")
             content.append(fault)
             teacher.append(fault)
+        if with_records:
+            records.append(value if isinstance(value, dict) else (line or b"").decode("utf-8", "backslashreplace"))
         held += len(line or b"")
         if len(content) >= most_rows or held >= CHUNK_BYTES:
-            yield RawChunk(info.path, None, first_row, content, teacher)
+            yield RawChunk(info.path, None, first_row, content, teacher, None, records or None)
             first_row += len(content)
-            content, teacher, held = [], [], 0
+            content, teacher, records, held = [], [], [], 0
     if content:
-        yield RawChunk(info.path, None, first_row, content, teacher)
+        yield RawChunk(info.path, None, first_row, content, teacher, None, records or None)

@@ -48,6 +48,7 @@ class RawChunk:
     content: pa.Array | list[Any]
     teacher: pa.Array | list[Any]
     extras: pa.RecordBatch | None = None
+    records: list[Any] | None = None  # jsonl: each line's value, or the text of a line that is no JSON
 
 
 @dataclass
@@ -68,6 +69,7 @@ class RowBatch:
     bad: Mask
     findings: list[Finding] = field(default_factory=list)
     extras: pa.RecordBatch | None = None
+    records: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.bad)
@@ -114,7 +116,7 @@ def normalise(chunk: RawChunk, first_id: int, fields: tuple[str, str]) -> RowBat
     n = len(chunk.content)
     batch = RowBatch(
         chunk.file, chunk.row_group, chunk.first_row, first_id, pa.array([], pa.string()), pa.array([], pa.string()),
-        np.zeros(n + 1, np.int64), pa.nulls(n, pa.string()), np.zeros(n, bool), [], chunk.extras,
+        np.zeros(n + 1, np.int64), pa.nulls(n, pa.string()), np.zeros(n, bool), [], chunk.extras, chunk.records,
     )  # fmt: skip
     if isinstance(chunk.content, list):
         _messages_from_python(batch, chunk.content, fields[0])
@@ -141,7 +143,9 @@ def normalise_prompts(chunk: RawChunk, field_name: str) -> RowBatch:
 
 
 def _decoded(array: pa.Array) -> pa.Array:
-    """Without dictionary encoding; refuses one whose repeats would unfold beyond memory."""
+    """Without a dictionary or the JSON mark; refuses a dictionary whose repeats would unfold beyond memory."""
+    if isinstance(array.type, pa.JsonType):
+        array = array.storage
     if not pa.types.is_dictionary(array.type):
         return array
     if len(array) and not pa.types.is_null(array.type.value_type):
@@ -290,7 +294,8 @@ def _messages_from_python(batch: RowBatch, values: Sequence[Any], name: str) -> 
             roles += [m["role"] for m in value]
             texts += [m["content"] for m in value]
         elif fault[0]:
-            batch.findings.append(batch.finding(i, fault[0], fault[1], name, excerpt(value)))
+            shown = "" if isinstance(value, JsonFault) else excerpt(value)
+            batch.findings.append(batch.finding(i, fault[0], fault[1], name, shown))
             batch.bad[i] = True
         batch.starts[i + 1] = len(roles)
     batch.roles, batch.texts = pa.array(roles, pa.string()), pa.array(texts, pa.large_string())

@@ -26,8 +26,9 @@ def prompt_hashes(batch: RowBatch, rows: npt.NDArray[np.int64]) -> npt.NDArray[n
 
 def split(
     patterns: list[str], keys: tuple[str, str], shares: dict[str, float], folder: Path, progress: Progress | None = None
-) -> dict[str, int]:
-    """Write `<folder>/train.parquet` and one file a held-out share; returns the rows of each.
+) -> tuple[dict[str, int], list[str]]:
+    """Write `<folder>/train.parquet` and one file a held-out share; returns the rows of each, and the columns
+    that the parts do not carry.
 
     `shares`: name → share of the prompts (below 1), or number of them (1 and above). A row's place depends on its
     prompt alone: adding rows later moves no other row under shares. Raises DataError for bad rows.
@@ -47,13 +48,13 @@ def split(
                 writers[name].add(batch, rows[part == i])
         error = failure(summary, on_bad_row="error", truncation="error", strict=False)
         if error is not None:
-            raise error
+            raise DataError(error.message, "gad data check FILES --fix drop -o FILE writes the good rows alone")
         empty = [n for n in names if writers[n].rows == 0]
         if empty:
             raise DataError(f"{empty[0]} would have no rows", "ask for other shares, or give more rows")
         for writer in writers.values():
             writer.commit()
-        return {n: writers[n].rows for n in names}
+        return {n: writers[n].rows for n in names}, writers["train"].left_out
 
 
 def _edges(patterns: list[str], keys: tuple[str, str], shares: dict[str, float], counted: dict[str, int]) -> list[int]:

@@ -93,7 +93,8 @@ class CleanWriter(RowWriter):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._dropped = open(self.dropped_part, "w", encoding="utf-8")
+        # Halves of surrogate pairs, which jsonl may hold, come out as JSON's own escapes.
+        self._dropped = open(self.dropped_part, "w", encoding="utf-8", errors="backslashreplace")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
@@ -121,6 +122,8 @@ class CleanWriter(RowWriter):
             row: Any = None
             if batch.extras is not None:
                 row = {n: _shown(batch.extras.column(j)[i]) for j, n in enumerate(batch.extras.schema.names)}
+            elif batch.records is not None:
+                row = batch.records[i]
             entry = {"file": batch.file, "row": batch.first_row + i, "reasons": reasons.get(i, []), "data": row}
             self._dropped.write(json.dumps(entry, ensure_ascii=False, default=repr) + "\n")
             self.dropped += 1
