@@ -6,8 +6,6 @@ import io
 import json
 import math
 import time
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from rich.console import Console
 
 from gadcli.dashboard import RunView, plain_line
 from gadcli.dashboard.draw import band_text, chart, clean, duration, sparkline, wrap
-from gadcli.dashboard.report import export_html, export_svg
+from gadcli.dashboard.report import export_html
 from gadcli.dashboard.screen import render, render_runs, screen_lines, share_rows
 from gadcli.dashboard.words import run_json, why_lines
 from gadcli.metrics.record import MetricsWriter, RunLog, write_status
@@ -254,41 +252,6 @@ def test_a_plain_line_has_the_same_words_each_step() -> None:
     record = {"type": "step", "step": 12, "metrics": {"critic/d_acc": 0.62, "timing_s/step": 40.2}}
     assert plain_line(record, 200) == "step 12/200  d_acc 0.62  s 40.2"
     assert "\x1b" not in plain_line(record)
-
-
-class Page(HTMLParser):
-    """Collects tags and whatever would need the network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.outside: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.outside += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
-
-
-def test_the_report_is_self_contained_and_escapes_the_runs_text(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", SYMPTOMS["no_spread"](1))
-    with (folder / "samples.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 9, "kind": "val", "prompt": "<script>x</script>", "student": "", "teacher": ""}))
-        file.write("\n")
-    view = RunView(folder)
-    view.poll()
-    page = Page()
-    text = export_html(view, time.time())
-    page.feed(text)
-    assert page.outside == [] and "script" not in page.tags
-    assert page.tags.count("svg") > 25 and "rollout.temperature=0.8 rollout.n=8" in text
-    assert "url(" not in text and "@import" not in text
-
-
-def test_the_svg_is_well_formed_and_draws_every_metric(good: RunView) -> None:
-    root = ElementTree.fromstring(export_svg(good))
-    lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
-    names = [n for n in good.log.history.names() if not n.startswith("timing_s/")]
-    assert len(lines) >= len(names)
 
 
 def test_json_is_strict_and_has_state_verdicts_and_diagnoses(collapsed: RunView) -> None:
