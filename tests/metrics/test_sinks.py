@@ -30,6 +30,25 @@ def test_a_twice_resumed_run_shows_each_step_once_in_rising_order(tmp_path: Path
     assert "critic/d_loss" not in events.Tags()["scalars"], "a NaN is left out, not drawn"
 
 
+def test_a_killed_run_whose_events_end_torn_is_read_on_past_its_resumes(tmp_path: Path) -> None:
+    steps = [(1, 40, 1), (31, 60, 31), (51, 80, 51)]
+    for first, last, purge in steps:
+        sink = TensorBoardSink(tmp_path, purge)
+        sink.hparams({"actor.optim.lr": 1e-6})
+        for step in range(first, last + 1):
+            sink.scalars(step, {"critic/d_acc": step / 100})
+            sink.histograms(step, {"scores/student": [step, step + 1.0]})
+        sink.close()
+        newest = max(tmp_path.glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+        if last < 80:  # killed: the last record is cut in its middle
+            newest.write_bytes(newest.read_bytes()[:-37])
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    events.Reload()
+    for found in (events.Scalars("critic/d_acc"), events.Histograms("scores/student")):
+        seen = [event.step for event in found]
+        assert seen == sorted(set(seen)) and seen[0] == 1 and seen[-1] == 80 and len(seen) >= 79
+
+
 def test_texts_histograms_and_hparams_arrive(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.samples(1, [{"prompt": "a|b", "student": "s\nt", "teacher": "t", "student_score": 0.1, "teacher_score": 0.2}])
@@ -41,6 +60,9 @@ def test_texts_histograms_and_hparams_arrive(tmp_path: Path) -> None:
     tags = events.Tags()
     assert tags["histograms"] == ["scores/student"]
     assert {"samples/text_summary", "hparams/text_summary"} <= set(tags["tensors"])
+    columns = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+    assert columns.plugin_name == "hparams" and b"actor.optim.lr" in columns.content
+    assert len(list(tmp_path.rglob("events*"))) == 1, "no second run for the hparams"
     assert events.Histograms("scores/student")[0].histogram_value.num == 2
 
 

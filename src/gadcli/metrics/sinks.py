@@ -17,11 +17,15 @@ from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparam_summaries
 
 from gadcli.errors import ConfigError
 from gadcli.metrics.table import GROUPS
 
 log = logging.getLogger(__name__)
+
+HPARAM_METRICS = ("val/rouge_l", "val/d_acc", "critic/d_acc", "response_length/mean", "actor/sft_loss")
+"""What the HPARAMS tab shows beside the settings; the values are the scalars' own."""
 
 
 class TensorBoardSink:
@@ -68,9 +72,17 @@ class TensorBoardSink:
             self._guard(lambda: self._writer.add_text("samples", _markdown(rows), step))
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """The resolved configuration, flat (`actor.optim.lr` → value), as a text page."""
+        """The resolved configuration, flat (`actor.optim.lr` → value): a text page, and the HPARAMS tab's columns."""
         lines = "\n".join(f"| {key} | {_cell(value)} |" for key, value in values.items())
-        self._guard(lambda: self._writer.add_text("hparams", f"| key | value |\n|---|---|\n{lines}", 0))
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
+
+        def write() -> None:
+            self._writer.add_text("hparams", f"| key | value |\n|---|---|\n{lines}", 0)
+            # Not add_hparams: it would write into a run of its own beside this one.
+            for summary in hparam_summaries(plain, dict.fromkeys(HPARAM_METRICS, 0.0)):
+                self._writer._get_file_writer().add_summary(summary)
+
+        self._guard(write)
 
     def flush(self) -> None:
         """Write out what is queued."""
