@@ -6,8 +6,6 @@ import io
 import json
 import math
 import time
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from rich.console import Console
 
 from gadcli.dashboard import RunView, plain_line
 from gadcli.dashboard.draw import band_text, chart, clean, duration, sparkline, wrap
-from gadcli.dashboard.report import export_html, export_svg
+from gadcli.dashboard.report import export_html
 from gadcli.dashboard.screen import render, render_runs, screen_lines, share_rows
 from gadcli.dashboard.words import run_json, why_lines
 from gadcli.metrics.record import MetricsWriter, RunLog, write_status
@@ -65,7 +63,7 @@ def test_sixty_by_twenty_shows_every_group_the_fault_its_cure_and_a_sample(colla
 
 def test_a_wide_screen_uses_its_room(good: RunView) -> None:
     text = text_of(good, 160, 45)
-    for word in ("kl_loss", "zero_std_fraction", "teacher length", "val rouge_l", "prompt", "┈"):
+    for word in ("kl_loss", "zero_std", "teacher length", "val rouge_l", "prompt", "┈"):
         assert word in text
     lines = text.splitlines()
     assert sum(len(line.strip()) > 110 for line in lines) > 8, "three columns"
@@ -74,6 +72,48 @@ def test_a_wide_screen_uses_its_room(good: RunView) -> None:
 def test_a_healthy_run_shows_no_advice(good: RunView) -> None:
     assert "try " not in text_of(good, 100, 30)
     assert why_lines(good, 0.0)[1].endswith("nothing is unhealthy in its metrics")
+    assert "why ·" not in text_of(good, 160, 45)
+
+
+def test_a_wide_screen_of_a_collapsed_run_says_why_with_evidence_cause_and_cure(collapsed: RunView) -> None:
+    text = text_of(collapsed, 160, 45)
+    for word in (
+        "why · 95% certain",
+        "evidence",
+        "the loss v1 keeps paying",
+        "critic.loss=v2_raw",
+        "advice",
+        "best-scored answer",
+    ):
+        assert word in text, f"{word!r} is missing in\n{text}"
+
+
+def test_the_group_switched_to_gets_its_rows_first_on_a_wide_screen_too(good: RunView) -> None:
+    assert "zero_std" in text_of(good, 160, 45) and "entropy" not in text_of(good, 100, 20)
+    good.focus = "actor"
+    assert "entropy" in text_of(good, 100, 20) and "d_acc" in text_of(good, 100, 20)
+    good.focus = "discriminator"
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 100])
+def test_every_key_is_in_the_footer_at_any_width(good: RunView, width: int) -> None:
+    good.interactive = True
+    foot = screen_lines(good, width, 20, time.time())[-1].plain
+    good.interactive = False
+    assert all(f" {key} " in foot for key in "qngp") and "…" not in foot
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    views = [RunView(write(tmp_path / stage, healthy(1, steps=20))) for stage in ("warmup", "gad")]
+    for view in views:
+        view.poll()
+    text = "\n".join(line.plain for line in render_runs(views, 240, 30, time.time()).renderables)  # type: ignore[union-attr]
+    assert f"{tmp_path}/warmup" in text and f"{tmp_path}/gad" in text
+
+
+def test_a_finished_run_says_how_long_it_took(good: RunView) -> None:
+    # 200 steps of about 40 s from the header's time to the end record's: about 8,000 s
+    assert "took 2 h" in text_of(good, 100, 30)
 
 
 def test_keys_switch_group_and_sample_and_pause(good: RunView) -> None:
@@ -160,6 +200,14 @@ def test_the_sparkline_marks_what_lies_outside_the_band() -> None:
     assert line.plain[0] == "▂" and line.plain[2] == "█"
 
 
+def test_a_lone_spike_does_not_flatten_the_rest_and_a_lasting_rise_is_drawn_in_full() -> None:
+    spiked = [1.0, 2.0, 1.0, 2.0, 90.0, 1.0, 2.0, 1.0, 2.0, 1.0]
+    assert sparkline(spiked, 10, None).plain == "▁█▁██▁█▁█▁"
+    risen = [1.0] * 8 + [80.0, 100.0]  # (80 - 1) / 99 * 8 = 6.4: the seventh bar
+    assert sparkline(risen, 10, None).plain == "▁▁▁▁▁▁▁▁▇█"
+    assert all(cell_len(line.plain) == 40 for line in chart(spiked, 40, 5, None))
+
+
 def test_the_chart_draws_the_band_edges_and_joins_the_points() -> None:
     lines = [line.plain for line in chart([0.0, 1.0, 0.0, 1.0] * 20, 40, 5, Range(0.2, 0.8))]
     assert len(lines) == 5 and all(cell_len(line) == 40 for line in lines)
@@ -187,6 +235,8 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 def test_wide_characters_count_two_cells() -> None:
     assert wrap("散射散射", 5, 3) == ["散射", "散射"]
+    assert wrap("why is the sky", 8, 3) == ["why is", "the sky"]
+    assert wrap("a abcdefghij b", 4, 9) == ["a", "abcd", "efgh", "ij b"]
     pieces = wrap("散射散射散射", 5, 2)
     assert len(pieces) == 2 and pieces[1].endswith("…") and all(cell_len(p) <= 5 for p in pieces)
     assert clean("a\nb\tc\x1b[0m") == "a⏎b c[0m"
@@ -202,41 +252,6 @@ def test_a_plain_line_has_the_same_words_each_step() -> None:
     record = {"type": "step", "step": 12, "metrics": {"critic/d_acc": 0.62, "timing_s/step": 40.2}}
     assert plain_line(record, 200) == "step 12/200  d_acc 0.62  s 40.2"
     assert "\x1b" not in plain_line(record)
-
-
-class Page(HTMLParser):
-    """Collects tags and whatever would need the network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.outside: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.outside += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
-
-
-def test_the_report_is_self_contained_and_escapes_the_runs_text(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", SYMPTOMS["no_spread"](1))
-    with (folder / "samples.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 9, "kind": "val", "prompt": "<script>x</script>", "student": "", "teacher": ""}))
-        file.write("\n")
-    view = RunView(folder)
-    view.poll()
-    page = Page()
-    text = export_html(view, time.time())
-    page.feed(text)
-    assert page.outside == [] and "script" not in page.tags
-    assert page.tags.count("svg") > 25 and "rollout.temperature=0.8 rollout.n=8" in text
-    assert "url(" not in text and "@import" not in text
-
-
-def test_the_svg_is_well_formed_and_draws_every_metric(good: RunView) -> None:
-    root = ElementTree.fromstring(export_svg(good))
-    lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
-    names = [n for n in good.log.history.names() if not n.startswith("timing_s/")]
-    assert len(lines) >= len(names)
 
 
 def test_json_is_strict_and_has_state_verdicts_and_diagnoses(collapsed: RunView) -> None:

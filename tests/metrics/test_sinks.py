@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gadcli.errors import ConfigError
-from gadcli.metrics.sinks import TensorBoardSink, WandbSink, layout
+from gadcli.metrics.sinks import TensorBoardSink, WandbSink, layout, own_id
 from gadcli.metrics.table import GROUPS, METRICS
 
 
@@ -28,6 +30,25 @@ def test_a_twice_resumed_run_shows_each_step_once_in_rising_order(tmp_path: Path
     assert "critic/d_loss" not in events.Tags()["scalars"], "a NaN is left out, not drawn"
 
 
+def test_a_killed_run_whose_events_end_torn_is_read_on_past_its_resumes(tmp_path: Path) -> None:
+    steps = [(1, 40, 1), (31, 60, 31), (51, 80, 51)]
+    for first, last, purge in steps:
+        sink = TensorBoardSink(tmp_path, purge)
+        sink.hparams({"actor.optim.lr": 1e-6})
+        for step in range(first, last + 1):
+            sink.scalars(step, {"critic/d_acc": step / 100})
+            sink.histograms(step, {"scores/student": [step, step + 1.0]})
+        sink.close()
+        newest = max(tmp_path.glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+        if last < 80:  # killed: the last record is cut in its middle
+            newest.write_bytes(newest.read_bytes()[:-37])
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    events.Reload()
+    for found in (events.Scalars("critic/d_acc"), events.Histograms("scores/student")):
+        seen = [event.step for event in found]
+        assert seen == sorted(set(seen)) and seen[0] == 1 and seen[-1] == 80 and len(seen) >= 79
+
+
 def test_texts_histograms_and_hparams_arrive(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.samples(1, [{"prompt": "a|b", "student": "s\nt", "teacher": "t", "student_score": 0.1, "teacher_score": 0.2}])
@@ -39,6 +60,9 @@ def test_texts_histograms_and_hparams_arrive(tmp_path: Path) -> None:
     tags = events.Tags()
     assert tags["histograms"] == ["scores/student"]
     assert {"samples/text_summary", "hparams/text_summary"} <= set(tags["tensors"])
+    columns = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+    assert columns.plugin_name == "hparams" and b"actor.optim.lr" in columns.content
+    assert len(list(tmp_path.rglob("events*"))) == 1, "no second run for the hparams"
     assert events.Histograms("scores/student")[0].histogram_value.num == 2
 
 
@@ -72,19 +96,70 @@ def test_wandb_missing_fails_at_the_start_with_the_command_that_installs_it(
     assert "canary" not in f"{caught.value.message}{caught.value.hint}"
 
 
+def history(run: Path) -> list[dict[str, Any]]:
+    """The rows of a .wandb file, by the client's own message type: LevelDB's log format around protobuf."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, rows, whole = run.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # a block's end has no room for another header
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # full, or the last piece
+            record, whole = Record.FromString(whole), b""
+            if record.HasField("history"):
+                rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    return rows
+
+
 def test_wandb_offline_writes_beside_the_run_and_never_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("wandb", reason="optional: pip install wandb")
+    wandb = pytest.importorskip("wandb", reason="optional: pip install wandb")
     canary = "canary0" + "a" * 33
     monkeypatch.setenv("WANDB_API_KEY", canary)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sink = WandbSink(tmp_path, project="p", name="n", config={"actor.optim.lr": 1e-6})
-    for step in range(1, 4):
-        sink.scalars(step, {"critic/d_acc": 0.6, "critic/d_loss": math.nan})
-    sink.samples(3, [{"prompt": "p", "student": "s", "teacher": "t"}])
-    sink.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    for first, last, fresh in ((1, 3, True), (3, 5, False)):  # the second goes on from step 2, as a resume does
+        sink = WandbSink(tmp_path, project="p", name="n", config={"actor.optim.lr": 1e-6}, fresh=fresh)
+        for step in range(first, last + 1):
+            sink.scalars(step, {"critic/d_acc": step / 10, "critic/d_loss": math.nan})
+        sink.samples(last, [{"prompt": "p", "student": "s", "teacher": "t"}])
+        sink.close()
+    wandb.teardown()  # its service writes a file's end on its way out
+    begun = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert len(begun) == 2 and len({path.name for path in begun}) == 1, "one run at W&B, two starts"
+    steps = [[row["step"] for row in history(path) if "critic/d_acc" in row] for path in begun]
+    assert steps == [[1, 2, 3], [3, 4, 5]]
+    assert all("critic/d_loss" not in row for path in begun for row in history(path))
+    assert any("samples" in key for row in history(begun[1]) for key in row)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     shown = "".join(capfd.readouterr()) + caplog.text
     assert canary.encode() not in written and canary not in shown
+
+
+def test_wandb_names_a_rerun_anew_and_a_resume_alike(tmp_path: Path) -> None:
+    first = own_id(tmp_path, fresh=True)
+    assert own_id(tmp_path, fresh=False) == first != own_id(tmp_path, fresh=True)
+
+
+def test_wandb_without_a_server_is_a_warning_and_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="optional: pip install wandb")
+    wandb.teardown()  # its address is read once a process
+    canary = "canary0" + "b" * 33
+    monkeypatch.setenv("WANDB_API_KEY", canary)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
+    monkeypatch.setattr("gadcli.metrics.sinks.WANDB_START_S", 3)
+    sink = WandbSink(tmp_path, project="p", name="n", config={})
+    sink.scalars(1, {"critic/d_acc": 0.6})
+    sink.close()
+    assert "cannot be reached" in caplog.text and "wandb sync" in caplog.text
+    assert canary not in "".join(capfd.readouterr()) + caplog.text
+    wandb.teardown()  # its service writes the file's end on its way out
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert [row["critic/d_acc"] for row in history(run) if "critic/d_acc" in row] == [0.6]

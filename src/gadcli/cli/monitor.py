@@ -145,7 +145,8 @@ def _export(folders: Sequence[Path], target: Path) -> int:
     import time
 
     from gadcli.dashboard import RunView
-    from gadcli.dashboard.report import export_html, export_svg
+    from gadcli.dashboard.plots import export_svg
+    from gadcli.dashboard.report import export_html
 
     if len(folders) != 1 or target.suffix not in (".html", ".svg"):
         raise ConfigError("--export writes one run to a .html or .svg file", "gad monitor RUN --export report.html")

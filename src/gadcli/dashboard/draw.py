@@ -41,13 +41,24 @@ def pad(line: Text, width: int) -> Text:
 
 
 def wrap(text: str, width: int, lines: int) -> list[str]:
-    """At most `lines` pieces of `text`, each at most `width` cells (wide characters count two)."""
+    """At most `lines` pieces of `text`, each at most `width` cells (wide characters count two), broken at spaces."""
     if lines <= 0 or width < 2:
         return []
-    pieces = chop_cells(text, width) or [""]
+    pieces = [""]
+    for word in text.split(" "):
+        joined = f"{pieces[-1]} {word}" if pieces[-1] else word
+        if cell_len(joined) <= width:
+            pieces[-1] = joined
+            continue
+        # A word that no line can hold is cut where the line ends.
+        *cut, rest = chop_cells(word, width) or [""]
+        pieces += [*cut, rest]
+        if len(pieces) > lines + 1:
+            break
+    pieces = [piece for piece in pieces if piece] or [""]
     if len(pieces) > lines:
         pieces = pieces[:lines]
-        pieces[-1] = set_cell_size(pieces[-1], width - 1).rstrip() + "…"
+        pieces[-1] = set_cell_size(pieces[-1], min(cell_len(pieces[-1]), width - 1)).rstrip() + "…"
     return pieces
 
 
@@ -72,11 +83,20 @@ def level_of(value: float, bounds: Range | None) -> Level:
 
 
 def extent(values: Sequence[float], bounds: Range | None) -> tuple[float, float]:
-    """(low, high) of a plot: the values, stretched to a band edge that lies near them."""
+    """(low, high) of a plot: the values, stretched to a band edge that lies near them.
+
+    A lone spike as high as all the rest together does not flatten that rest: it is cut at the edge.
+    """
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return 0.0, 1.0
     low, high = min(finite), max(finite)
+    if len(finite) >= 8:
+        # Running medians of three: a lone spike goes, whatever lasts stays.
+        steady = [sorted(finite[i - 1 : i + 2])[1] for i in range(1, len(finite) - 1)]
+        span = max(steady) - min(steady)
+        low = low if min(steady) - low <= span else min(steady)
+        high = high if high - max(steady) <= span else max(steady)
     if bounds is not None:
         room = max(high - low, 0.25 * max(abs(low), abs(high)))
         for edge in (bounds.low, bounds.high):
@@ -89,13 +109,15 @@ def extent(values: Sequence[float], bounds: Range | None) -> tuple[float, float]
 
 
 def sparkline(values: Sequence[float], width: int, bounds: Range | None) -> Text:
-    """One row of bars; bars beyond the healthy band are bold and coloured, a non-finite value is ×."""
+    """One row of bars: green in the healthy band, yellow beside it, bold beyond the warning edges; × is not finite."""
     line = Text(no_wrap=True)
     shown = buckets(values, width)
     low, high = extent(shown, bounds)
     for value in shown:
         level = level_of(value, bounds)
         style = STYLES[level] if level != "ok" or bounds is not None else "cyan"
+        if level == "ok" and bounds is not None and not bounds.low <= value <= bounds.high:
+            style = "yellow"
         if not math.isfinite(value):
             line.append("×", style=STYLES["bad"])
             continue
@@ -127,7 +149,7 @@ def chart(values: Sequence[float], width: int, height: int, bounds: Range | None
     low, high = extent(shown, bounds)
 
     def dot_row(value: float) -> int:
-        share = (value - low) / (high - low)
+        share = (min(high, max(low, value)) - low) / (high - low)
         return min(height * 4 - 1, max(0, round((1 - share) * (height * 4 - 1))))
 
     cells = [[0] * plot for _ in range(height)]

@@ -8,19 +8,8 @@ from collections.abc import Sequence
 from rich.console import Group as Lines
 from rich.text import Text
 
-from gadcli.dashboard.draw import (
-    MARKS,
-    STYLES,
-    band_text,
-    bar,
-    chart,
-    clean,
-    duration,
-    fit,
-    pad,
-    sparkline,
-    wrap,
-)
+from gadcli.dashboard.draw import MARKS, STYLES, band_text, bar, chart, clean, duration, fit, pad, sparkline
+from gadcli.dashboard.panels import event_lines, sample_lines, share_rows, side_column, time_lines
 from gadcli.dashboard.view import RunView
 from gadcli.metrics.health import Level, group_levels, number
 from gadcli.metrics.runlog import RunLog
@@ -29,6 +18,7 @@ from gadcli.metrics.table import GROUPS, Group, label, metric
 TWO_COLUMNS, THREE_COLUMNS = 100, 150
 NARROWEST_RUN, SHORTEST_RUN = 56, 9
 CHART_ROWS = 8
+LABEL_WIDTH, BAND_WIDTH = 16, 10
 _SHORT: dict[Group, str] = {"discriminator": "critic", "actor": "actor", "responses": "answers", "engine": "engine"}
 _STATE_STYLES = {"running": "green", "done": "cyan", "starting": "yellow", "stopped": "yellow", "silent": "yellow"}
 
@@ -48,6 +38,9 @@ def render_runs(views: Sequence[RunView], width: int, height: int, now: float) -
     count = len(views)
     if count == 1:
         return render(views[0], width, height, now)
+    names = [view.name for view in views]
+    for view in views:  # two stages of one experiment share their name; their folders do not
+        view.name = str(view.run_dir) if names.count(view.name) > 1 else view.name
     each = (width - (count - 1)) // count
     if each >= NARROWEST_RUN:
         return Lines(*beside([screen_lines(v, each, height, now) for v in views], [each] * count, height))
@@ -60,7 +53,8 @@ def render_runs(views: Sequence[RunView], width: int, height: int, now: float) -
 def screen_lines(view: RunView, width: int, height: int, now: float) -> list[Text]:
     """The same as a list of lines."""
     lines = [*header(view, width, now), progress(view, width, now)]
-    lines += advice(view, width, 3 if height >= 30 else 2)
+    # The side panel of a wide screen gives the evidence in full.
+    lines += advice(view, width, 3 if height >= 30 and width < TWO_COLUMNS else 2)
     foot = [footer(view, width)] if view.interactive else []
     room = height - len(lines) - len(foot)
     last = view.log.history.last
@@ -93,7 +87,7 @@ def header(view: RunView, width: int, now: float) -> list[Text]:
     """Name, stage and state of the run."""
     run, state = view.log.run, view.log.state(now)
     line = Text(no_wrap=True)
-    line.append(clean(str(run.get("exp_name") or view.run_dir.name)), style="bold")
+    line.append(clean(view.name), style="bold")
     for part in (run.get("stage"), view.judge.facts.loss and f"loss {view.judge.facts.loss}"):
         if part:
             line.append(f" · {clean(str(part))}")
@@ -126,6 +120,8 @@ def progress(view: RunView, width: int, now: float) -> Text:
             tail.append(f" · {duration((total - step) * seconds)} left")
     if seconds is not None:
         tail.append(f" · {duration(seconds)}/step")
+    if view.log.state(now).ended and (took := view.elapsed()):
+        tail.append(f" · took {duration(took)}")
     throughput = view.log.latest("perf/tokens_per_s")
     if throughput is not None:
         tail.append(f" · {number(throughput)} tokens/s")
@@ -155,12 +151,12 @@ def metric_line(view: RunView, name: str, width: int, level: Level, text: str | 
     """Mark, name, value, sparkline, band: as much of it as `width` holds."""
     bounds = metric(name).range_for(view.judge.facts.loss)
     _, values = view.series(name)
-    label_width = min(18, max(6, width - 11))
+    label_width = min(LABEL_WIDTH, max(6, width - 11))
     line = Text(f"{MARKS[level]} ", style=STYLES[level], no_wrap=True)
     line.append_text(pad(Text(text or label(name)), label_width))
     line.append(f"{number(view.log.latest(name)):>8} ")
     band = band_text(bounds)
-    room = width - line.cell_len - (11 if width >= 50 else 0) - 1
+    room = width - line.cell_len - (BAND_WIDTH if width >= 50 else 0) - 1
     if room >= 4 and values:
         line.append_text(sparkline(values, min(room, 60), bounds))
         if width >= 50:
@@ -196,23 +192,24 @@ def group_lines(view: RunView, group: Group, width: int, rows: int) -> list[Text
 
 
 def groups_column(view: RunView, groups: Sequence[Group], width: int, rows: int) -> list[Text]:
-    """Groups one above the other; rows go to each by what it has to show, the rest to charts, first come first."""
+    """Groups one above the other; rows go to each by what it has to show, the rest to charts, first come first.
+
+    A group that the reader switched to comes first in both.
+    """
     wants = [len(view.metrics_of(group)) + 1 for group in groups]
+    chosen = groups.index(view.focus) if view.focus in groups and view.focus != GROUPS[0] else None
     given = share_rows(min(rows, sum(wants)), wants)
+    if chosen is not None:
+        mine = min(wants[chosen], max(2, rows - 2 * (len(groups) - 1)))
+        rest = [0 if i == chosen else want for i, want in enumerate(wants)]
+        given = share_rows(min(rows - mine, sum(rest)), [max(1, want) for want in rest])
+        given[chosen] = mine
     spare = rows - sum(given)
-    for i, want in enumerate(wants):
-        if want > 1 and spare >= 4:
+    for i in sorted(range(len(groups)), key=lambda i: i != chosen):
+        if wants[i] > 1 and spare >= 4:
             given[i] += min(spare, CHART_ROWS)
             spare -= min(spare, CHART_ROWS)
     return [line for group, count in zip(groups, given, strict=True) for line in group_lines(view, group, width, count)]
-
-
-def share_rows(rows: int, wants: Sequence[int]) -> list[int]:
-    """`rows` dealt out one at a time to who has the least of what it wants, until all have it."""
-    given = [0] * len(wants)
-    for _ in range(min(rows, sum(wants))):
-        given[min((i for i, want in enumerate(wants) if given[i] < want), key=lambda i: given[i] / wants[i])] += 1
-    return given
 
 
 def narrow_column(view: RunView, width: int, rows: int) -> list[Text]:
@@ -235,75 +232,17 @@ def narrow_column(view: RunView, width: int, rows: int) -> list[Text]:
     return lines
 
 
-def side_column(view: RunView, width: int, rows: int) -> list[Text]:
-    """The sample above, events below."""
-    events = min(max(3, rows // 4), len(view.log.events) + 1, rows)
-    lines = sample_lines(view, width, rows - events)
-    return [*lines, *event_lines(view, width, rows - len(lines))]
-
-
-def time_lines(view: RunView, width: int, rows: int) -> list[Text]:
-    """Where a step's time goes: a bar of segments, and the shares in words."""
-    split, seconds = view.time_split(), view.step_seconds()
-    if rows <= 0 or not split or seconds is None:
-        return []
-    words = Text("time ", style="bold").append(duration(seconds) + "  ", style="")
-    words.append(" · ".join(f"{name} {share:.0%}" for name, share in split if share >= 0.03))
-    lines = [words]
-    if rows > 1:
-        line, used = Text(), 0
-        for i, (_, share) in enumerate(split):
-            count = min(width - used, round(share * width))
-            line.append("█▓▒░"[i % 4] * count, style=("cyan", "blue", "magenta", "green", "yellow")[i % 5])
-            used += count
-        lines.append(line)
-    return [fit(line, width) for line in lines[:rows]]
-
-
-def sample_lines(view: RunView, width: int, rows: int) -> list[Text]:
-    """The sample looked at: prompt, student and teacher with their scores, sharing the rows."""
-    found = view.sample()
-    if rows < 2:
-        return []
-    if found is None:
-        return [fit(Text("sample: none yet", style="dim"), width)]
-    place, count, sample = found
-    title = Text(f"sample {place}/{count} · step {sample.step} · {clean(sample.kind)} ", style="bold")
-    if sample.gap is not None:
-        title.append(f"gap {number(sample.gap)} ", style="dim")
-    title.append("─" * max(0, width - title.cell_len), style="dim")
-    lines = [fit(title, width)]
-    parts = [("prompt", sample.prompt, None), ("student", sample.student, sample.student_score),
-             ("teacher", sample.teacher, sample.teacher_score)]  # fmt: skip
-    parts = parts if rows >= 4 else parts[1:]
-    texts = [clean(text) for _, text, _ in parts]
-    inner = max(2, width - 16)
-    given = share_rows(rows - 1, [len(wrap(text, inner, 20)) for text in texts])
-    for (name, _, score), text, count_rows in zip(parts, texts, given, strict=True):
-        for i, piece in enumerate(wrap(text, inner, count_rows)):
-            label = f"{name:<8}{number(score) if score is not None else '':>7} " if i == 0 else " " * 16
-            style = {"student": "cyan", "teacher": "green"}.get(name, "dim")
-            lines.append(fit(Text.assemble((label, style), piece), width))
-    return lines
-
-
-def event_lines(view: RunView, width: int, rows: int) -> list[Text]:
-    """The newest events first."""
-    lines = []
-    for event in list(view.log.events)[::-1][: max(0, rows)]:
-        level: Level = "bad" if event.level == "bad" else "warn" if event.level == "warn" else "quiet"
-        at = time.strftime("%H:%M", time.localtime(event.time)) if event.time else "--:--"
-        lines.append(Text.assemble((f"{at} {MARKS[level]} step {event.step} ", STYLES[level]), clean(event.message)))
-    return [fit(line, width) for line in lines]
-
-
 def footer(view: RunView, width: int) -> Text:
-    """The keys."""
-    names = (("q", "quit, the run goes on"), ("n", "next sample"), ("g", f"group: {view.focus}"),
-             ("p", "go on" if view.paused else "pause"))  # fmt: skip
-    line = Text(no_wrap=True)
-    for key, what in names:
-        line.append(f" {key} ", style="reverse").append(f" {what} ", style="dim")
+    """The keys, in words as long as the width allows."""
+    pause = "go on" if view.paused else "pause"
+    longest = (("q", "quit, the run goes on"), ("n", "next sample"), ("g", f"group: {view.focus}"), ("p", pause))
+    shorter = (("q", "quit"), ("n", "sample"), ("g", f"group: {view.focus}"), ("p", pause))
+    for names in (longest, shorter, [(key, "") for key, _ in shorter]):
+        line = Text(no_wrap=True)
+        for key, what in names:
+            line.append(f" {key} ", style="reverse").append(f" {what} " if what else " ", style="dim")
+        if line.cell_len <= width:
+            break
     return fit(line, width)
 
 

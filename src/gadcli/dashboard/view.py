@@ -26,7 +26,17 @@ class RunView:
         self.paused = False
         self.interactive = False
         self.notice: Callable[[], str] | None = None
+        self._name = ""
         self._series: dict[str, tuple[list[int], list[float]]] = {}
+
+    @property
+    def name(self) -> str:
+        """What the picture calls this run."""
+        return self._name or str(self.log.run.get("exp_name") or self.run_dir.name)
+
+    @name.setter
+    def name(self, text: str) -> None:
+        self._name = text
 
     def poll(self) -> bool:
         """True if anything new was read."""
@@ -63,6 +73,11 @@ class RunView:
         names = [n for n in present - hidden if metric(n).group == group and not n.startswith("timing_s/")]
         return sorted(names, key=rank)
 
+    def elapsed(self) -> float:
+        """Seconds from the newest start to its last record; 0 where the log does not tell."""
+        began, ended = self.log.run.get("time"), (self.log.end or {}).get("time") or self.log.last_time
+        return max(0.0, float(ended) - float(began)) if isinstance(began, (int, float)) and ended else 0.0
+
     def step_seconds(self) -> float | None:
         """Median wall time of the last steps."""
         values = self.log.history.tail("timing_s/step", 20)[1]
@@ -97,6 +112,13 @@ class RunView:
             return None
         back = self.sample_back % len(rows)
         return back + 1, len(rows), rows[-1 - back]
+
+    def best_scored(self) -> Sample | None:
+        """The newest evaluation's answer that the discriminator likes best: reward hacking shows there first."""
+        scored = [row for row in self.samples.rows if row.student_score is not None and row.kind != "train"]
+        newest = max((row.step for row in scored), default=-1)
+        rows = [row for row in scored if row.step == newest]
+        return max(rows, key=lambda row: row.student_score or 0.0) if len(rows) > 1 else None
 
     def key(self, key: str) -> None:
         """React to a key: n next sample, g next group, p pause."""

@@ -13,14 +13,16 @@ from gadcli.metrics.health import Alarm, HealthTracker, Verdict, number
 from gadcli.metrics.history import History, StepRecord
 from gadcli.metrics.runlog import RunLog
 from gadcli.metrics.signals import Evidence, Signals
+from gadcli.metrics.slow_symptoms import SLOW_RULES
 from gadcli.metrics.symptoms import FEWEST_STEPS, RULES, Diagnosis
 from gadcli.metrics.table import METRICS
 
 _EXPLAINS = {
-    "runaway_gap": ("no_spread", "length_collapse", "saturated_ranking", "raw_drift"),
-    "no_spread": ("length_collapse",),
+    "runaway_gap": ("no_spread", "length_collapse", "saturated_ranking", "raw_drift", "quality_falls"),
+    "no_spread": ("length_collapse", "variety_lost", "quality_falls"),
     "raw_drift": ("saturated_ranking",),
     "giveaway": ("lower_hinge",),
+    "length_giveaway": ("quality_falls",),
 }
 _LEVELS = {"bad": 2, "warn": 1, "info": 0}
 
@@ -38,7 +40,7 @@ def diagnose(
     if len(history) < FEWEST_STEPS:
         return []
     signals = Signals(history, evals)
-    found = {d.name: d for rule in RULES if (d := rule(signals, facts)) is not None}
+    found = {d.name: d for rule in (*RULES, *SLOW_RULES) if (d := rule(signals, facts)) is not None}
     for name, explained in _EXPLAINS.items():
         if name in found and found[name].certainty >= 0.75:
             for other in set(explained) & set(found):

@@ -21,6 +21,8 @@ _RANK: dict[Level, int] = {"quiet": 0, "ok": 1, "warn": 2, "bad": 3}
 WINDOW = 15
 FEWEST = 8
 """Values needed before anything is said."""
+SURE = 3.0
+"""Standard errors by which a median must pass an edge: a long run looks at its edges hundreds of times."""
 GRACE_STEPS = 10
 LEARNING_GRACE_STEPS = 30
 """A fresh critic needs steps before 'too weak' means anything."""
@@ -144,7 +146,7 @@ class HealthTracker:
 
     def _judge_level(self, window: Window, step: int, bounds: Range) -> Verdict:
         middle, error = window.summary()
-        margin = 2.0 * error
+        margin = SURE * error
         old, name = window.verdict, window.row.name
         side: Literal["low", "high"] = "high" if middle > bounds.high else "low"
         level: Level = "ok"
@@ -179,11 +181,18 @@ class HealthTracker:
             return _move(old, "bad", middle, step, f"collapsed: {window.baseline:.3g} → {middle:.3g} tokens", "low")
         if known and teacher >= 8 and middle < 0.25 * teacher:
             return _move(old, "warn", middle, step, f"far below the teacher's {teacher:.3g} tokens", "low")
-        if known and middle > 3 * max(teacher, 4):
+        if known and middle > 3 * max(teacher, 4) and not _falling(window):
             return _move(old, "warn", middle, step, f"far above the teacher's {teacher:.3g} tokens", "high")
         if old.unhealthy and known and not 0.5 * teacher <= middle <= 2 * teacher:
             return replace(old, value=middle, level="warn")
         return _move(old, "ok", middle, step, "")
+
+
+def _falling(window: Window) -> bool:
+    """The window's newer half lies below its older half: what is on its way down needs no cure."""
+    values = list(window.values)
+    half = len(values) // 2
+    return median(values[half:]) < 0.97 * median(values[:half])
 
 
 def _running_off(window: Window, middle: float, bounds: Range) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import json
+import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,24 @@ def iter_samples(run_dir: Path) -> Iterator[Sample]:
                     yield sample
     except (FileNotFoundError, NotADirectoryError):
         return
+
+
+def highest_scored(run_dir: Path, count: int) -> list[Sample]:
+    """The student answers that the discriminator scored best, one a text, best first; [] where none is scored."""
+    best: dict[str, Sample] = {}
+    for row in iter_samples(run_dir):
+        if row.student_score is None or not math.isfinite(row.student_score):
+            continue
+        old = best.get(row.student)
+        if old is None or row.student_score > (old.student_score or 0.0):
+            best[row.student] = row
+        if len(best) > 64 * count:
+            best = {row.student: row for row in _largest(best, count)}
+    return _largest(best, count)
+
+
+def _largest(rows: Mapping[str, Sample], count: int) -> list[Sample]:
+    return heapq.nlargest(count, rows.values(), key=lambda row: row.student_score or 0.0)
 
 
 class SampleTail:

@@ -78,11 +78,12 @@ class Signals:
                     break
         return first
 
-    def evidence(self, name: str, holds: Callable[[float], bool], note: str = "") -> Evidence:
-        """The metric's value now, and since when `holds` has been true of it."""
-        return Evidence(name, self.now(name), self.since(name, holds), note)
+    def evidence(self, name: str, holds: Callable[[float], bool], note: str = "") -> Evidence | None:
+        """The metric's value now, and since when `holds` has been true of it; None where it does not speak for it."""
+        now = self.now(name)
+        return None if math.isnan(now) or not holds(now) else Evidence(name, now, self.since(name, holds), note)
 
 
 def known(items: Iterable[Evidence | None]) -> tuple[Evidence, ...]:
     """The evidence that exists."""
-    return tuple(item for item in items if item is not None and not math.isnan(item.value))
+    return tuple(item for item in items if item is not None)

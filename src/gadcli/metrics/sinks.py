@@ -10,17 +10,22 @@ import importlib.util
 import logging
 import math
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparam_summaries
 
 from gadcli.errors import ConfigError
-from gadcli.metrics.table import GROUPS, METRICS
+from gadcli.metrics.table import GROUPS
 
 log = logging.getLogger(__name__)
+
+HPARAM_METRICS = ("val/rouge_l", "val/d_acc", "critic/d_acc", "response_length/mean", "actor/sft_loss")
+"""What the HPARAMS tab shows beside the settings; the values are the scalars' own."""
 
 
 class TensorBoardSink:
@@ -67,9 +72,17 @@ class TensorBoardSink:
             self._guard(lambda: self._writer.add_text("samples", _markdown(rows), step))
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """The resolved configuration, flat (`actor.optim.lr` → value), as a text page."""
+        """The resolved configuration, flat (`actor.optim.lr` → value): a text page, and the HPARAMS tab's columns."""
         lines = "\n".join(f"| {key} | {_cell(value)} |" for key, value in values.items())
-        self._guard(lambda: self._writer.add_text("hparams", f"| key | value |\n|---|---|\n{lines}", 0))
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
+
+        def write() -> None:
+            self._writer.add_text("hparams", f"| key | value |\n|---|---|\n{lines}", 0)
+            # Not add_hparams: it would write into a run of its own beside this one.
+            for summary in hparam_summaries(plain, dict.fromkeys(HPARAM_METRICS, 0.0)):
+                self._writer._get_file_writer().add_summary(summary)
+
+        self._guard(write)
 
     def flush(self) -> None:
         """Write out what is queued."""
@@ -144,46 +157,37 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 class WandbSink:
     """The same scalars and samples in Weights & Biases; the client is imported only here.
 
-    Raises ConfigError where the package is missing or the login fails, with the key nowhere in the message.
-    Offline (WANDB_MODE=offline, or no key at all) it writes beside the run, to be uploaded by `wandb sync`.
+    Raises ConfigError where the package is missing, its settings are no good or the key is refused, with the key
+    nowhere in the message. Offline (WANDB_MODE=offline, no key at all, or a server that cannot be reached, which is a
+    warning) it writes beside the run, to be uploaded by `wandb sync`.
+    `fresh`: a run of its own there; else it goes on in the one that this folder began.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        project: str,
-        name: str,
-        config: Mapping[str, Any],
-        run_id: str | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, project: str, name: str, config: Mapping[str, Any], fresh: bool = True) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise ConfigError("trainer.logger names wandb, but the package is not installed", "pip install wandb")
+        os.environ.setdefault("WANDB_SILENT", "true")  # read at import; the run's own lines say what matters
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
-        if mode == "offline":
-            log.warning("W&B runs offline; upload later with: wandb sync %s", folder / "wandb")
-        settings = wandb.Settings(silent=True, console="off", init_timeout=60)
-        try:
-            self._run = wandb.init(project=project, name=name, id=run_id, dir=str(folder), config=dict(config),
-                                   mode=mode, resume="allow" if run_id else None, settings=settings)  # fmt: skip
-        except wandb.errors.Error as error:
-            # The client's own text may quote the environment; only its kind is safe to show.
-            raise ConfigError(
-                f"W&B did not accept this run ({type(error).__name__}, mode {mode})",
-                "run `wandb login`, or set WANDB_MODE=offline, or leave wandb out of trainer.logger",
-            ) from None
         self._error: type[Exception] = wandb.errors.Error
         self._table = wandb.Table
+        given: dict[str, Any] = {"project": project, "name": name, "id": own_id(folder, fresh), "dir": str(folder),
+                                 "config": dict(config), "resume": "allow"}  # fmt: skip
+        try:
+            self._run = _begin(wandb, folder, given)
+        except (wandb.errors.Error, ValueError) as error:
+            # The client's own text may quote the environment; only its kind is safe to show.
+            raise ConfigError(
+                f"W&B did not accept this run ({type(error).__name__})",
+                "run `wandb login`, or set WANDB_MODE=offline, or leave wandb out of trainer.logger",
+            ) from None
         self._working = True
-        for metric in METRICS:
-            self._run.define_metric(metric, step_metric="step")
+        # W&B refuses to go back in its own step, so ours is the x axis, and a resume simply draws on.
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's metrics, against `step` as x axis."""
-        # W&B refuses to go back in its own step, so ours is a metric and a resume simply draws on.
         self._log({**{n: v for n, v in metrics.items() if math.isfinite(v)}, "step": step})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -209,6 +213,38 @@ class WandbSink:
             log.warning("W&B no longer receives metrics (%s)", type(error).__name__)
 
 
-def _has_key(wandb: Any) -> bool:
-    """Whether the client can log in without asking; the key itself is never looked at."""
-    return bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+WANDB_START_S = 30
+
+
+def _begin(wandb: Any, folder: Path, given: Mapping[str, Any]) -> Any:
+    """The client's run: online with a key that the server takes, else offline (said in the log)."""
+
+    def init(mode: str) -> Any:
+        settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_START_S)
+        return wandb.init(**given, mode=mode, settings=settings)
+
+    mode = os.environ.get("WANDB_MODE")
+    if not mode:
+        known = bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
+        mode = "online" if known else "offline"
+    sync = f"upload later with: wandb sync {folder / 'wandb'}/offline-*"
+    if mode == "offline":
+        log.warning("W&B runs offline; %s", sync)
+    try:
+        return init(mode)
+    except wandb.errors.AuthenticationError:
+        raise
+    except wandb.errors.CommError as error:
+        log.warning("W&B cannot be reached (%s), so it runs offline; %s", type(error).__name__, sync)
+        wandb.teardown()  # its service still holds the run's id
+        return init("offline")
+
+
+def own_id(folder: Path, fresh: bool) -> str:
+    """The run's name at W&B: made once a folder, so that a resume goes on in it and a rerun does not."""
+    path = folder / "wandb" / "gad-run-id"
+    if not fresh and path.exists():
+        return path.read_text().strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()

@@ -172,14 +172,18 @@ def length_giveaway(s: Signals, facts: RunFacts) -> Diagnosis | None:
 def limit_too_low(s: Signals, facts: RunFacts) -> Diagnosis | None:
     """Answers are cut although they are no longer than the teacher's: the limit is below what the task needs."""
     length, teacher = s.now("response_length/mean"), s.now("teacher_length/mean")
-    if not (s.now("response_length/clip_ratio") > 0.8 and length < 1.5 * teacher):
+    clipped, before = s.now("response_length/clip_ratio"), s.start("response_length/clip_ratio")
+    stopped_ending = clipped > 0.5 and clipped > before + 0.25
+    if not (clipped > 0.8 or stopped_ending) or not length < 1.5 * teacher:
         return None
     limit = facts.max_response_length or int(length)
     return Diagnosis(
-        "limit_too_low", "most answers are cut at the limit", "warn", 0.7,
-        known([s.evidence("response_length/clip_ratio", lambda v: v > 0.5),
+        "limit_too_low",
+        "the student stops ending its answers" if stopped_ending else "most answers are cut at the limit", "warn", 0.7,
+        known([s.evidence("response_length/clip_ratio", lambda v: v > 0.5, f"{number(before)} at the start"),
                s.evidence("response_length/mean", lambda v: True, f"teacher {number(teacher)}")]),
-        "the student never gets to end an answer: the limit is near what the teacher itself needs",
+        "unfinished answers score better than ended ones, and the limit cuts them" if stopped_ending
+        else "the student never gets to end an answer: the limit is near what the teacher itself needs",
         (f"data.max_response_length={2 * limit}",),
         "see what each limit would cut: gad data analyze-tokens FILES -t MODEL",
     )  # fmt: skip
@@ -330,5 +334,5 @@ def _symmetric(s: Signals) -> bool:
     return student * teacher < 0 and abs(student + teacher) < 0.3 * abs(teacher - student)
 
 
-def _from(s: Signals, name: str, holds: Callable[[float], bool], start: float) -> Evidence:
+def _from(s: Signals, name: str, holds: Callable[[float], bool], start: float) -> Evidence | None:
     return s.evidence(name, holds, f"{number(start)} at the start")

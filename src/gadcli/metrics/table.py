@@ -277,13 +277,28 @@ def metric(name: str) -> Metric:
     return Metric(name, "", groups.get(prefix, "engine"), "not in the metric table", "last")
 
 
+_LABELS = {
+    "critic/student_value_mean": "student value",
+    "critic/teacher_value_mean": "teacher value",
+    "critic/zero_std_fraction": "zero_std",
+    "response_length/mean": "length",
+    "response_length/clip_ratio": "clip_ratio",
+    "teacher_length/mean": "teacher length",
+    "rollout/logp_diff_mean": "logp_diff",
+    "rollout/logp_diff_max": "logp_diff max",
+    "rollout/tokens_per_s": "sampled tok/s",
+    "rollout/sync_probe": "sync_probe",
+    "perf/tokens_per_s": "tokens/s",
+}
+
+
 def label(name: str) -> str:
     """A metric's name where its group is already said: `d_acc`, `length`, `teacher length`, `val rouge_l`."""
+    if name in _LABELS:
+        return _LABELS[name]
     prefix, _, rest = name.partition("/")
     if prefix == "response_length":
-        return "length" if rest == "mean" else f"length {rest}"
-    if name == "teacher_length/mean":
-        return "teacher length"
+        return f"length {rest}"
     if rest.startswith("advantages/"):
         return f"advantage {rest.removeprefix('advantages/')}"
     return rest if prefix in ("critic", "actor", "perf") and rest else f"{prefix} {rest}".strip()

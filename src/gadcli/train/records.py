@@ -55,7 +55,7 @@ class Records:
                     project="gad",
                     name=cfg.trainer.exp_name,
                     config=flat(dataclasses.asdict(cfg)),
-                    run_id=cfg.trainer.exp_name.replace("/", "-"),
+                    fresh=start_step == 0,
                 )
             )
 
