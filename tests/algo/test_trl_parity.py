@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from algo.mutants import mutated
-from gadcli.algo import aggregate, logprobs, policy, sft
-from gadcli.algo.kl import kl_loss
+from gadcli.algo import aggregate, kl, logprobs, policy, sft
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow  # importing TRL alone takes about 10 s
@@ -123,7 +122,7 @@ CASES = {
 
 
 def check_grpo(trainer: Any, case: str, *, policy_module: ModuleType = policy, logp_module: ModuleType = logprobs,
-               beta: float = 0.0) -> None:  # fmt: skip
+               kl_module: ModuleType = kl, beta: float = 0.0) -> None:  # fmt: skip
     mode, agg, _, _ = CASES[case]
     model = trainer.model
     batch = grpo_batch(model)
@@ -136,7 +135,7 @@ def check_grpo(trainer: Any, case: str, *, policy_module: ModuleType = policy, l
     loss, metrics = policy_module.policy_loss(mode, logp, old, batch["advantages"], mask, clip_low=0.1, clip_high=0.2,
                                               clip_c=1e9, agg=agg, horizon=float(WIDTH))  # fmt: skip
     if beta:
-        loss = loss + beta * kl_loss("low_var_kl", logp, ref, mask, agg=agg)[0]
+        loss = loss + beta * kl_module.kl_loss("low_var_kl", logp, ref, mask, agg=agg)[0]
     loss.backward()
     assert 0 < metrics["actor/pg_clipfrac"].value < 1  # the batch reaches the clips, and not only them
     assert loss.item() == pytest.approx(expected.item(), abs=TOLERANCE)
@@ -176,6 +175,43 @@ def test_mutants_fail_the_parity_with_trl(trl: dict[str, Any], tmp_path: Path) -
         # The old policy is fixed by the unmutated log-probs: a mutant sees ratios that are not there.
         with pytest.raises(AssertionError):
             check_grpo(trainer, "gspo", logp_module=mutated("logprobs", old, new))
+
+
+TOKEN_MUTANTS = {
+    "grpo": [
+        ("resolve_agg(mode, agg)", '"token-mean"'),
+        ("clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)"),
+        ("torch.maximum(-adv * ratio_BT,", "torch.minimum(-adv * ratio_BT,"),
+        ('SEQUENCE_LEVEL = ("gspo", "gspo_token")', "SEQUENCE_LEVEL = POLICY_LOSSES"),  # one ratio an answer
+    ],
+    "ppo": [("resolve_agg(mode, agg)", '"seq-mean-token-mean"')],  # mean of means
+    "dr_grpo": [
+        ("resolve_agg(mode, agg)", '"seq-mean-token-sum"'),  # sum for mean
+        ("Denominators(rows, tokens, horizon)", "Denominators(rows, tokens, mask.sum(-1).max().item() - 1)"),
+    ],
+}
+KL_MUTANTS = [
+    ("ref_BT.detach().float() - logp_BT.float()", "logp_BT.float() - ref_BT.detach().float()"),
+    ("(x_BT.exp() - x_BT - 1.0).clamp(-10.0, 10.0)", "0.5 * x_BT.square()"),
+    ("kl_BT, mask_BT, agg, Denominators", 'kl_BT, mask_BT, "token-mean", Denominators'),
+]
+
+
+@pytest.mark.parametrize("case", list(TOKEN_MUTANTS))
+def test_mutants_of_token_losses_fail_the_parity_with_trl(trl: dict[str, Any], tmp_path: Path, case: str) -> None:
+    trainer = grpo_trainer(trl, tmp_path, *CASES[case][2:], beta=0.0)
+    check_grpo(trainer, case)
+    mutants = [{"policy_module": mutated("policy", old, new)} for old, new in TOKEN_MUTANTS[case]]
+    for mutant in [*mutants, *({"logp_module": mutated("logprobs", old, new)} for old, new in LOGP_MUTANTS)]:
+        with pytest.raises(AssertionError):
+            check_grpo(trainer, case, **mutant)
+
+
+def test_mutants_of_the_kl_fail_the_parity_with_trl(trl: dict[str, Any], tmp_path: Path) -> None:
+    trainer = grpo_trainer(trl, tmp_path, "sequence", "grpo", beta=0.3)
+    for old, new in KL_MUTANTS:
+        with pytest.raises(AssertionError):
+            check_grpo(trainer, "gspo", kl_module=mutated("kl", old, new), beta=0.3)
 
 
 def check_sft(trainer: Any, *, sft_module: ModuleType = sft, logp_module: ModuleType = logprobs) -> None:

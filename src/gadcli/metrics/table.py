@@ -226,6 +226,13 @@ _ROWS: tuple[Metric, ...] = (
     Metric("teacher_length/mean", "tokens", "responses", "mean length of teacher answers"),
     Metric("val/rouge_l", "F1", "responses", "ROUGE-L of held-out answers against the teacher's"),
     Metric("val/d_acc", "share", "responses", "d_acc on held-out rows"),
+    Metric("val/probe_teacher", "score", "responses", "probe set: today's critic's mean raw score of the teacher"),
+    Metric("val/probe_start", "score", "responses", "probe set: today's critic's score of the start model's answers"),
+    Metric("val/probe_student", "score", "responses", "probe set: today's critic's score of today's student"),
+    Metric(
+        "val/probe_beats_start", "share", "responses", "probe set: prompts on which today's student beats the start"
+    ),
+    Metric("val/probe_beats_earlier", "share", "responses", "probe set: the same against students in between"),
     Metric("val/exact_match", "share", "responses", "held-out answers equal to the teacher's"),
     Metric("val/distinct_1", "share", "responses", "distinct words among all of the held-out answers"),
     Metric("val/distinct_2", "share", "responses", "distinct pairs of words among the held-out answers"),

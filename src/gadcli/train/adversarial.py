@@ -10,6 +10,7 @@ import torch
 from gadcli.algo.advantages import group_advantages
 from gadcli.algo.kl import kl_in_reward
 from gadcli.engine.rows import Rollout, teacher_groups
+from gadcli.train.probe_set import keep_start
 from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
 
@@ -20,6 +21,7 @@ def train_adversarial(run: Run) -> None:
         log = StepLog(step, run.on_phase)
         with log.phase("sync"):
             run.sync_sampler(step, log)  # rollouts come from today's weights, and that is proved
+        keep_start(run, step, log)  # what later students are compared with
         with log.phase("rollout"):
             rollout = run.roll_out(rows, step, log)
         with log.phase("critic"):

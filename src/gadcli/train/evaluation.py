@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any
 from gadcli.algo.scores import d_acc
 from gadcli.engine.dist import gather_objects
 from gadcli.engine.layout import Group
-from gadcli.engine.rollout import Sampling, request_seed
 from gadcli.evaluate.text import Sample, summary
+from gadcli.train.probe_set import (
+    Snapshots,
+    earlier_answers,
+    held_out_rows,
+    keep,
+    probe_metrics,
+    sample_held_out,
+    share_of_rows,
+)
 from gadcli.train.steplog import StepLog
 
 if TYPE_CHECKING:
     from gadcli.train.run import Run
-
-KEPT_SAMPLES = 16  # rows of an evaluation written to samples.jsonl; all of them where the held-out set is small
-EVAL_SEED = 20251113  # not the run's: evaluations of any run and step then differ by the weights alone
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -27,7 +32,8 @@ def evaluate(run: Run) -> dict[str, float]:
     with log.phase("sync"):
         run.sync_sampler(run.progress.step, log)
     with log.phase("eval"):
-        found = [row for part in gather_objects(_sample_share(run)) for row in part]
+        earlier = earlier_answers(run, run.progress.step) if run.maybe_critic is not None else {}
+        found = [row for part in gather_objects(_sample_share(run, earlier)) for row in part]
     rows = [found_row for _, found_row in sorted({row["index"]: row for row in found}.items())]
     metrics = summary(
         [Sample(r["student"], r["teacher"], r["student_length"], r["teacher_length"], r["finished"]) for r in rows]
@@ -38,6 +44,11 @@ def evaluate(run: Run) -> dict[str, float]:
         teacher = torch.tensor([r["teacher_score"] for r in rows])
         student = torch.tensor([r["student_score"] for r in rows])
         metrics["val/d_acc"] = d_acc(teacher, student).value
+        metrics |= probe_metrics(rows)
+        if earlier or run.progress.step == 0:
+            keep(run, run.progress.step, {row["index"]: row["student_ids"] for row in rows})
+    for row in rows:  # of no use to a reader
+        del row["student_ids"], row["probe_scores"]
     run.records.eval(run.progress.step, metrics, rows)
     seconds = time.monotonic() - started
     run.records.event(
@@ -49,33 +60,33 @@ def evaluate(run: Run) -> dict[str, float]:
     return metrics
 
 
-def _sample_share(run: Run) -> list[dict[str, Any]]:
-    """This rank's held-out rows, sampled once each and scored. A rank without rows repeats row 0 to stay in step."""
-    assert run.val_data is not None and run.sampler is not None
-    limit = run.cfg.data.val_rows or len(run.val_data)
-    total = min(limit, len(run.val_data))
-    indices = list(range(run.world.rank, total, run.world.size)) or [0]
+def _sample_share(run: Run, earlier: Snapshots) -> list[dict[str, Any]]:
+    """This rank's held-out rows, sampled once each and scored, the probe's older answers beside them."""
+    assert run.val_data is not None
+    indices = share_of_rows(run, held_out_rows(run))
     data = [run.val_data[i] for i in indices]
-    sampling = Sampling.of(run.cfg.rollout, run.cfg.data.max_response_length, n=1)
-    seeds = [request_seed(EVAL_SEED, 0, row.row_id) for row in data]
-    answers = [group[0] for group in run.sampler.generate([row.prompt_ids for row in data], sampling, seeds)]
+    answers = sample_held_out(run, data)
+    older = [{step: kept[i] for step, kept in earlier.items() if i in kept} for i in indices]
     scores: list[list[float | None]] = [[None, None]] * len(data)
     if run.maybe_critic is not None:
         groups = [
-            Group(row.prompt_ids, [a.ids, row.teacher_ids], row.row_id) for row, a in zip(data, answers, strict=True)
+            Group(row.prompt_ids, [a.ids, row.teacher_ids, *old.values()], row.row_id)
+            for row, a, old in zip(data, answers, older, strict=True)
         ]
-        scores = [list(map(float, pair)) for pair in run.maybe_critic.score(groups)]
+        scores = [list(map(float, found)) for found in run.maybe_critic.score(groups)]
     return [
         {
             "index": index,
             "prompt": row.messages[-1]["content"],
             "student": run.tokenizer.decode(answer.ids, skip_special_tokens=True),
             "teacher": row.teacher,
-            "student_score": pair[0],
-            "teacher_score": pair[1],
+            "student_score": found[0],
+            "teacher_score": found[1],
             "student_length": len(answer.ids),
             "teacher_length": len(row.teacher_ids),
             "finished": answer.finished,
+            "student_ids": answer.ids,
+            "probe_scores": dict(zip(old, found[2:], strict=True)),
         }
-        for index, row, answer, pair in zip(indices, data, answers, scores, strict=True)
+        for index, row, answer, found, old in zip(indices, data, answers, scores, older, strict=True)
     ]
