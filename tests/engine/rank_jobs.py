@@ -1,4 +1,4 @@
-"""What ranks of test_sharded_sharing run: a sharded model's gradients through the packed layout and through padded rows."""
+"""What ranks of test_sharded_sharing run: gradients of a sharded model through packed and through padded rows."""
 
 from __future__ import annotations
 

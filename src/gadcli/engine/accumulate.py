@@ -48,6 +48,22 @@ def _padded_tokens(groups: Sequence[Group]) -> list[int]:
     return [len(group.answers) * longest for group in groups]
 
 
+def balanced_share(tokens: Sequence[int], world: World, block: int) -> list[int]:
+    """This rank's indices of a step's rows: as many as every rank has, and about as many tokens.
+
+    Rows are dealt within consecutive blocks of `block` (0: all), longest first, back and forth over the ranks, so that
+    a mini-batch holds the same rows at any world size. Within a block a rank keeps the rows' order.
+    """
+    block = block or len(tokens)
+    mine: list[int] = []
+    for start in range(0, len(tokens), block):
+        rows = sorted(range(start, min(start + block, len(tokens))), key=lambda i: (-tokens[i], i))
+        rounds = [rows[at : at + world.size] for at in range(0, len(rows), world.size)]
+        dealt = [turn[::-1] if number % 2 else turn for number, turn in enumerate(rounds)]
+        mine += sorted(turn[world.rank] for turn in dealt)
+    return mine
+
+
 def mini_batches(n_prompts: int, mini_batch_size: int, world: World) -> list[list[int]]:
     """This rank's prompts (indices) of each optimiser step; `mini_batch_size` counts prompts over all ranks, 0 all."""
     share = n_prompts if not mini_batch_size else max(1, mini_batch_size // world.size)
