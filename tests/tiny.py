@@ -11,8 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -22,7 +26,8 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gemma3-window", "gemma2", "mistral")
+WINDOW = 6  # shorter than the texts of tests
 
 
 def tiny_tokenizer(text: str = "What does a function do? It returns a value.", vocabulary: int = 320) -> Any:
@@ -51,6 +56,20 @@ def tiny_config(family: str, vocab_size: int, *, tied: bool, layers: int = 2) ->
     }  # fmt: skip
     if family == "gemma3":
         return Gemma3TextConfig(**shared, layer_types=["full_attention"] * layers, query_pre_attn_scalar=32)
+    if family == "gemma3-window":
+        kinds = (["sliding_attention", "full_attention"] * layers)[:layers]
+        return Gemma3TextConfig(**shared, layer_types=kinds, query_pre_attn_scalar=32, sliding_window=WINDOW)
+    if family == "gemma2":  # sliding windows, capped attention scores, capped logits
+        return Gemma2Config(
+            **shared, query_pre_attn_scalar=32, sliding_window=WINDOW, attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )  # fmt: skip
+    if family == "gpt_oss":  # attention sinks, which our attention does not know
+        return GptOssConfig(**shared, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW)
+    if family == "granite":  # logits divided by a number of the config, which our head does not know
+        return GraniteConfig(**shared, logits_scaling=3.0)
+    if family == "mistral":
+        return MistralConfig(**shared, sliding_window=WINDOW)
     return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**shared)
 
 

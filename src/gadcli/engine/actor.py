@@ -21,9 +21,9 @@ from gadcli.algo.mismatch import mismatch_metrics, tis_weights
 from gadcli.algo.policy import policy_loss
 from gadcli.algo.sft import sft_loss
 from gadcli.config.schema import ActorConfig
-from gadcli.engine.accumulate import equal_micro_batches, mini_batches
+from gadcli.engine.accumulate import mini_batches, passes
 from gadcli.engine.dist import World, sum_over_ranks
-from gadcli.engine.layout import Group, lay_out, mask_of, to_padded
+from gadcli.engine.layout import Group, mask_of, to_padded
 from gadcli.engine.models import adapters_off, without_dropout
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
@@ -71,8 +71,7 @@ class Actor:
         """One supervised step on teacher answers; the loss is divided by the teacher tokens of all ranks."""
         (tokens,) = sum_over_ranks([sum(len(a) for g in groups for a in g.answers)])
         metrics: Metrics = {}
-        for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
-            layout = lay_out([groups[i] for i in indices]).to(self.world.device)
+        for indices, layout, weight in passes(self.model, groups, self.cfg.micro_batch_tokens, self.world):
             logp_N, entropy_N = self.model.answer_logprobs(layout, 1.0)
             width = max(1, max(layout.lengths))
             mask_BT = mask_of(layout.lengths, width).to(self.world.device)
@@ -117,9 +116,8 @@ class Actor:
         rows, tokens = sum_over_ranks([sum(n > 0 for n in lengths), sum(lengths)])
         rows, tokens = max(1.0, rows), max(1.0, tokens)  # a rollout of nothing but empty answers is a loss of 0
         metrics: Metrics = {}
-        for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
+        for indices, layout, weight in passes(self.model, groups, self.cfg.micro_batch_tokens, self.world):
             chosen = [prompts[i] for i in indices]
-            layout = lay_out([groups[i] for i in indices]).to(self.world.device)
             logp_N, entropy_N = self.model.answer_logprobs(layout, self.temperature)
             batch = _Padded.of(rollout, chosen, layout.lengths, logp_N, entropy_N)
             old, own_old = batch.pick(old_BT), batch.logp_BT.detach()
@@ -212,8 +210,7 @@ def answer_logprobs(
         first_row.append(first_row[-1] + len(group.answers))
     out_BT = torch.zeros(first_row[-1], width)
     with without_dropout(model), reference.off() if reference is not None else nullcontext():
-        for indices, weight in equal_micro_batches(groups, max_tokens, world):
-            layout = lay_out([groups[i] for i in indices]).to(world.device)
+        for indices, layout, weight in passes(model, groups, max_tokens, world):
             logp_N, _ = model.answer_logprobs(layout, temperature)
             if weight:
                 rows = [row for i in indices for row in range(first_row[i], first_row[i + 1])]

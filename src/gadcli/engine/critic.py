@@ -17,9 +17,9 @@ from gadcli.algo.discriminator import discriminator_loss, gradient_penalty
 from gadcli.algo.mean import Mean, add_metrics
 from gadcli.algo.scores import scores
 from gadcli.config.schema import CriticConfig
-from gadcli.engine.accumulate import equal_micro_batches, mini_batches
+from gadcli.engine.accumulate import mini_batches, passes
 from gadcli.engine.dist import World, sum_over_ranks
-from gadcli.engine.layout import Group, Layout, lay_out, mask_of, to_padded
+from gadcli.engine.layout import Group, Layout, mask_of, to_padded
 from gadcli.engine.models import kept_gathered
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
@@ -53,12 +53,10 @@ class Critic:
     def score(self, groups: Sequence[Group]) -> list[Tensor]:
         """Raw scores of each group's answers (one host tensor a group, in answer order), without gradients."""
         out: list[Tensor] = [torch.empty(0)] * len(groups)
-        for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
-            chosen = [groups[i] for i in indices]
-            layout = lay_out(chosen).to(self.world.device)
+        for indices, layout, weight in passes(self.model, groups, self.cfg.micro_batch_tokens, self.world):
             raw_B, _ = self._pool(self.model.answer_values(layout), layout)
             if weight:
-                sizes = [len(group.answers) for group in chosen]
+                sizes = [len(groups[i].answers) for i in indices]
                 for i, raw in zip(indices, torch.split(raw_B.cpu(), sizes), strict=True):
                     out[i] = raw
         return out
@@ -80,8 +78,7 @@ class Critic:
         groups = rollout.select(prompts).pair_groups()
         pairs, prompts_all = sum_over_ranks([sum(len(group.answers) - 1 for group in groups), len(groups)])
         metrics: Metrics = {}
-        for indices, weight in equal_micro_batches(groups, self.cfg.micro_batch_tokens, self.world):
-            layout = lay_out([groups[i] for i in indices]).to(self.world.device)
+        for indices, layout, weight in passes(self.model, groups, self.cfg.micro_batch_tokens, self.world):
             values_N, embeds_RLH = self._values(layout)
             raw_B, norm_B = self._pool(values_N, layout)
             raw, norm = raw_B.view(len(indices), -1), norm_B.view(len(indices), -1)  # the teacher's is the last
@@ -119,9 +116,11 @@ class Critic:
         return self.model.answer_values(layout), None
 
     def _penalty(self, teacher_R: Tensor, embeds_RLH: Tensor, rows: float) -> tuple[Tensor, Metrics]:
-        """R1 on the teacher's text alone: a row's other answers share its prompt, but its teacher cannot see them."""
+        """R1 on the teacher's text alone: a packed row's other texts are there, but no teacher sees them."""
         with kept_gathered(self.model):
-            return gradient_penalty(teacher_R, embeds_RLH, weight=self.cfg.gradient_penalty, rows=rows)
+            loss, metrics = gradient_penalty(teacher_R, embeds_RLH, weight=self.cfg.gradient_penalty, rows=rows)
+        # One packed row holds several teachers' texts: their squares are summed there, and are as many as the teachers.
+        return loss, {name: dataclasses.replace(mean, count=float(len(teacher_R))) for name, mean in metrics.items()}
 
     def _pool(self, values_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """(raw, norm) scores of every answer in the layout."""

@@ -29,14 +29,6 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def shard(self, items: list[Any]) -> list[Any]:
-        """This rank's share of a list whose length the world size divides.
-
-        Every W-th item, so that the first m items of all ranks are the first m of the list: mini-batches then hold the
-        same prompts at any world size.
-        """
-        return items[self.rank :: self.size]
-
 
 def init_world(device: str, fsdp: FsdpConfig) -> World:
     """Join the process group that RANK and WORLD_SIZE describe (a group of one without them).

@@ -1,16 +1,19 @@
-"""How prompts and their answers are laid out for a forward pass: one row a prompt, its answers behind it.
+"""How prompts and their answers are laid out for a forward pass: packed into one row, each prompt once.
 
-Shapes: R rows, L tokens of the longest row, N answer tokens of all rows in (row, answer, position) order.
+Shapes: R rows (1 where packed), L tokens of a row, N answer tokens of all rows in (group, answer, position) order.
 
-A group's prompt is forwarded once. Each answer attends to the prompt and to itself, and its positions
-restart after the prompt, so every answer sees exactly what it would see alone. This module is the only one that
-knows that prefixes are shared.
+A group's prompt is forwarded once, its answers behind it, and the next group behind those: no token is padding. Each
+answer attends to its prompt and to itself (`engine.attention`), and its positions restart after the prompt, so every
+answer sees exactly what it would see alone. Models whose attention cannot do that get padded rows, an answer each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -35,71 +38,88 @@ class Group:
 class Layout:
     """Groups as tensors, ready for a model: what to forward, and where the answers' tokens are.
 
-    ids_RL, positions_RL : int64. mask_R1LL : bool, True where a query (row) may see a key (column).
+    ids_RL, positions_RL : int64. spans : for each group of the packed row its prompt's tokens and those of each
+    answer that has any; None for padded rows, whose real tokens are True in mask_RL.
     own_N : flat index into R*L of each answer token. predictor_N : flat index of the token before it (whose hidden
     state predicts it; for an answer's first token that is the prompt's last). target_N : the token's id.
-    lengths : tokens of each answer, in (row, answer) order.
+    lengths : tokens of each answer, in (group, answer) order. kept : what a device derives from it once (its masks).
     """
 
     ids_RL: torch.Tensor
     positions_RL: torch.Tensor
-    mask_R1LL: torch.Tensor
+    mask_RL: torch.Tensor | None
+    spans: tuple[tuple[int, ...], ...] | None
     own_N: torch.Tensor
     predictor_N: torch.Tensor
     target_N: torch.Tensor
     lengths: list[int]
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
-        names = ("ids_RL", "positions_RL", "mask_R1LL", "own_N", "predictor_N", "target_N")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        names = ("ids_RL", "positions_RL", "own_N", "predictor_N", "target_N", "mask_RL")
+        moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()}, kept={})
 
 
 def lay_out(groups: Sequence[Group]) -> Layout:
-    """Lay groups out with their prompts shared. An empty answer takes no token and has length 0."""
-    longest = max(group.n_tokens for group in groups)
-    ids_RL = torch.zeros(len(groups), longest, dtype=torch.int64)
-    positions_RL = torch.zeros_like(ids_RL)
-    segment_RL = torch.full_like(ids_RL, -1)  # 0 the prompt, 1.. the answers, -1 padding
+    """Pack groups into one row with their prompts shared. An empty answer takes no token and has length 0."""
+    ids: list[int] = []
+    positions: list[int] = []
     own: list[int] = []
     predictor: list[int] = []
-    target: list[int] = []
-    for row, group in enumerate(groups):
-        start, prompt_len = row * longest, len(group.prompt_ids)
-        tokens = list(group.prompt_ids)
-        segments = [0] * prompt_len
-        positions = list(range(prompt_len))
-        for index, answer in enumerate(group.answers, start=1):
-            first = start + len(tokens)
-            own.extend(range(first, first + len(answer)))
-            if answer:
-                predictor.append(start + prompt_len - 1)
-                predictor.extend(range(first, first + len(answer) - 1))
-            target.extend(answer)
-            tokens.extend(answer)
-            segments.extend([index] * len(answer))
-            positions.extend(range(prompt_len, prompt_len + len(answer)))
-        ids_RL[row, : len(tokens)] = torch.tensor(tokens)
-        positions_RL[row, : len(tokens)] = torch.tensor(positions)
-        segment_RL[row, : len(tokens)] = torch.tensor(segments)
+    spans = []
+    for group in groups:
+        prompt_len = len(group.prompt_ids)
+        ids += group.prompt_ids
+        positions += range(prompt_len)
+        last_of_prompt = len(ids) - 1
+        for answer in filter(None, group.answers):
+            first = len(ids)
+            own += range(first, first + len(answer))
+            predictor += [last_of_prompt, *range(first, first + len(answer) - 1)]
+            ids += answer
+            positions += range(prompt_len, prompt_len + len(answer))
+        sizes = [len(answer) for answer in group.answers if answer]
+        # One answer alone simply goes on where its prompt ends.
+        spans.append((prompt_len + sizes[0],) if len(sizes) == 1 else (prompt_len, *sizes))
     return Layout(
-        ids_RL,
-        positions_RL,
-        _visibility(segment_RL),
-        torch.tensor(own, dtype=torch.int64),
-        torch.tensor(predictor, dtype=torch.int64),
-        torch.tensor(target, dtype=torch.int64),
+        _int64(ids)[None],
+        _int64(positions)[None],
+        None,
+        tuple(spans),
+        _int64(own),
+        _int64(predictor),
+        _int64([token for group in groups for answer in group.answers for token in answer]),
         [len(answer) for group in groups for answer in group.answers],
     )
 
 
-def _visibility(segment_RL: torch.Tensor) -> torch.Tensor:
-    """Causal, and only within the prompt and one's own answer; padding sees itself (a softmax needs one key)."""
-    query, key = segment_RL[:, :, None], segment_RL[:, None, :]
-    length = segment_RL.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    seen = causal & (query >= 0) & ((key == 0) | (key == query))
-    return (seen | torch.eye(length, dtype=torch.bool)).unsqueeze(1)
+def lay_out_padded(groups: Sequence[Group]) -> Layout:
+    """Every answer in a row of its own behind its own prompt, zeros behind: what any causal model can take."""
+    rows = unshared(groups)
+    longest = max(row.n_tokens for row in rows)
+    ids_RL = torch.zeros(len(rows), longest, dtype=torch.int64)
+    own: list[int] = []
+    for index, row in enumerate(rows):
+        ids_RL[index, : row.n_tokens] = torch.tensor(row.prompt_ids + row.answers[0])
+        first = index * longest + len(row.prompt_ids)
+        own += range(first, first + len(row.answers[0]))
+    own_N = _int64(own)
+    return Layout(
+        ids_RL,
+        torch.arange(longest).expand(len(rows), -1),
+        torch.arange(longest)[None, :] < _int64([row.n_tokens for row in rows])[:, None],
+        None,
+        own_N,
+        own_N - 1,
+        _int64([token for row in rows for token in row.answers[0]]),
+        [len(row.answers[0]) for row in rows],
+    )
+
+
+def _int64(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def unshared(groups: Sequence[Group]) -> list[Group]:
@@ -107,20 +127,25 @@ def unshared(groups: Sequence[Group]) -> list[Group]:
     return [Group(group.prompt_ids, [answer], group.row_id) for group in groups for answer in group.answers]
 
 
-def micro_batches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[int]]:
-    """Split groups into lists of indices whose padded size (rows x longest) stays within `max_tokens`.
+def micro_batches(tokens: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
+    """Split items of these sizes into as few lists of indices as keep each list's sum within `max_tokens`, balanced.
 
-    Longest first, so that rows of like length share a batch and little is padded. A group over the budget goes alone.
+    Longest first, each to the list that is shortest so far: the lists then are of like size, so that none sets the
+    peak of memory alone. An item over the budget goes alone. `at_least` asks for that many lists, items permitting.
     """
-    order = sorted(range(len(groups)), key=lambda i: -groups[i].n_tokens)
-    batch: list[int] = []
-    for index in order:
-        if batch and groups[batch[0]].n_tokens * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    order = sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))
+    alone = [size for size in tokens if size > max_tokens]
+    count = min(len(tokens), max(at_least, len(alone) + math.ceil((sum(tokens) - sum(alone)) / max_tokens)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        sums = [(0, index) for index in range(count)]
+        for item in order:
+            total, index = heapq.heappop(sums)
+            bins[index].append(item)
+            heapq.heappush(sums, (total + tokens[item], index))
+        if all(len(bins[index]) == 1 or total <= max_tokens for total, index in sums):
+            return [sorted(items) for items in bins]
+        count += 1
 
 
 def to_padded(values_N: torch.Tensor, lengths: Sequence[int], width: int) -> torch.Tensor:

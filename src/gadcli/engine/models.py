@@ -22,9 +22,11 @@ from torch.distributed.fsdp import register_fsdp_forward_method as as_forward
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
+from gadcli.engine.attention import SHARED, SHARED_PLAIN
 from gadcli.engine.dist import World
 from gadcli.engine.head import head_logprobs
 from gadcli.engine.layout import Layout
+from gadcli.engine.sharing import choose_layout
 from gadcli.errors import ConfigError
 
 
@@ -35,7 +37,8 @@ def answer_logprobs(self: Any, layout: Layout, temperature: float) -> tuple[torc
     """
     hidden_RLH = _backbone(self, layout)
     predictor_NH = hidden_RLH.flatten(0, 1)[layout.predictor_N]
-    return head_logprobs(predictor_NH, self.lm_head.weight, layout.target_N, temperature)
+    softcap = getattr(self.config, "final_logit_softcapping", None) or 0.0
+    return head_logprobs(predictor_NH, self.lm_head.weight, layout.target_N, temperature, softcap)
 
 
 def answer_values(self: Any, layout: Layout) -> torch.Tensor:
@@ -58,16 +61,16 @@ def _score_head(model: Any, hidden_RLH: torch.Tensor, layout: Layout) -> torch.T
 
 def _backbone(model: Any, layout: Layout, embeds_RLH: torch.Tensor | None = None) -> torch.Tensor:
     """Hidden states [R, L, H] after the final norm. No KV cache: with one, restarted positions would leak."""
-    mask_R1LL = layout.mask_R1LL
-    if model.config._attn_implementation == "eager":  # adds its mask to the attention scores
-        dtype = model.model.embed_tokens.weight.dtype if embeds_RLH is None else embeds_RLH.dtype
-        mask_R1LL = torch.zeros_like(mask_R1LL, dtype=dtype).masked_fill(~mask_R1LL, torch.finfo(dtype).min)
+    packed = layout.spans is not None
+    # Four dimensions tell transformers to build no mask of its own; our attention reads the layout instead.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids_RL.device) if packed else layout.mask_RL
     out = model.model(
         input_ids=layout.ids_RL if embeds_RLH is None else None,
         inputs_embeds=embeds_RLH,
         position_ids=layout.positions_RL,
-        attention_mask=mask_R1LL,
+        attention_mask=mask,
         use_cache=False,
+        **({"layout": layout} if packed else {}),
     )
     return out.last_hidden_state
 
@@ -75,10 +78,10 @@ def _backbone(model: Any, layout: Layout, embeds_RLH: torch.Tensor | None = None
 def load_actor(path: str, cfg: ModelConfig, *, trainable: bool = True) -> PreTrainedModel:
     """The student (or, with `trainable=False`, its frozen reference) in float32 on the host."""
     config = _read_config(path, cfg)
-    _refuse_unshareable(config, path)
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=SHARED)
     _prepare(model, cfg, trainable)
     model.answer_logprobs = types.MethodType(answer_logprobs, model)
+    choose_layout(model, path, SHARED)
     return model
 
 
@@ -95,9 +98,8 @@ def load_critic(path: str, cfg: ModelConfig, seed: int, *, twice_differentiable:
 
     `twice_differentiable` (a gradient penalty) takes plain attention: the fused kernels have no second derivative.
     """
-    attention = "eager" if twice_differentiable else "sdpa"
+    attention = SHARED_PLAIN if twice_differentiable else SHARED
     config = _read_config(path, cfg)
-    _refuse_unshareable(config, path)
     config.num_labels = 1
     config.classifier_dropout = 0.0  # scores must be a function of the text alone
     with torch.random.fork_rng(devices=[]):
@@ -112,6 +114,7 @@ def load_critic(path: str, cfg: ModelConfig, seed: int, *, twice_differentiable:
         model.score.bias.requires_grad_(False)
     model.answer_values = types.MethodType(answer_values, model)
     model.answer_values_and_embeds = types.MethodType(answer_values_and_embeds, model)
+    choose_layout(model, path, attention)
     return LoadedCritic(model, any(name.startswith("score.") for name in info["missing_keys"]))
 
 
@@ -126,19 +129,12 @@ def _read_config(path: str, cfg: ModelConfig) -> Any:
     return config
 
 
-def _refuse_unshareable(config: Any, path: str) -> None:
-    """Models whose attention cannot take our mask, or whose head is not one matrix, would train wrongly in silence."""
-    if getattr(config, "final_logit_softcapping", None):
-        raise ConfigError(f"{path}: final_logit_softcapping is not supported", "use a model without logit capping")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention"}:
-        raise ConfigError(f"{path}: attention kinds {sorted(kinds)} are not supported", "use a full-attention model")
-
-
 def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # old and new log-probs must be the same function of the weights
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     model.config.use_cache = False
     model.requires_grad_(trainable and not cfg.lora.rank)
     if trainable and cfg.lora.rank:

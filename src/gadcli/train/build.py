@@ -46,7 +46,9 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     for note in notes:
         records.event("note", note, level="warn", step=_step_of(resume_from))
 
-    actor_model = shard(load_actor(actor_path, cfg.actor.model), world, cfg.fsdp, cfg.actor.model.dtype)
+    loaded = load_actor(actor_path, cfg.actor.model)
+    _say_if_unshared(loaded, records)
+    actor_model = shard(loaded, world, cfg.fsdp, cfg.actor.model.dtype)
     actor = Actor(
         actor_model,
         Optimizer(actor_model, cfg.actor.optim, cfg.actor.grad_clip, _actor_updates(cfg, progress)),
@@ -142,6 +144,7 @@ def _build_critic(
     path = _resolve_together(cfg.critic.model.path, world, "critic") if cfg.critic.model.path else actor_path
     penalty = cfg.critic.gradient_penalty > 0
     loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed, twice_differentiable=penalty)
+    _say_if_unshared(loaded.model, records)
     if loaded.fresh_head and cfg.stage == "gad" and not resumed:  # a resumed head comes from the checkpoint
         records.event(
             "note",
@@ -158,6 +161,11 @@ def _build_critic(
     size = cfg.critic.ppo_mini_batch_size or cfg.data.train_batch_size
     updates = progress.total_steps * (cfg.data.train_batch_size // size)
     return Critic(model, Optimizer(model, cfg.critic.optim, cfg.critic.grad_clip, updates), cfg.critic, world)
+
+
+def _say_if_unshared(model: Any, records: Records) -> None:
+    if model.gad_note:
+        records.event("note", model.gad_note, level="warn", step=0)
 
 
 def _vocabulary(path: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, TokenizedRow
 from gadcli.data.order import BatchOrder
+from gadcli.engine.accumulate import balanced_share
 from gadcli.engine.actor import Actor, Reference
 from gadcli.engine.critic import Critic, Scores
 from gadcli.engine.dist import World, max_over_ranks, sum_over_ranks
@@ -82,9 +84,18 @@ class Run:
         """(step from 1, this rank's rows), from after the last save until the end, a stop or the time limit."""
         while self.progress.step < self.progress.total_steps:
             step = self.progress.step + 1
-            yield step, [self.train_data[i] for i in self.world.shard(self.order.rows(step - 1))]
+            rows = [self.train_data[i] for i in self.order.rows(step - 1)]
+            yield step, [rows[i] for i in self._share(rows)]
             if self._asked_to_stop():
                 return
+
+    def _share(self, rows: list[TokenizedRow]) -> list[int]:
+        """This rank's rows: like counts and like tokens, the teacher's length standing in for the student's."""
+        answers = 1 if self.cfg.stage == "seqkd" else self.cfg.rollout.n + 1
+        tokens = [len(row.prompt_ids) + answers * len(row.teacher_ids) for row in rows]
+        return balanced_share(
+            tokens, self.world, math.gcd(self.cfg.actor.ppo_mini_batch_size, self.cfg.critic.ppo_mini_batch_size)
+        )
 
     def _asked_to_stop(self) -> bool:
         """Agreed by all ranks, since a signal, the clock or an alarm may reach one before the others."""

@@ -1,0 +1,131 @@
+"""Supervised training on ragged text: real tokens a CPU-second, side by side with TRL's SFTTrainer.
+
+    python benchmarks/sft.py [--peers padded packed padding-free] [--rounds 3] [--out FILE.json]
+
+The same prompts and answers of 32 to 512 tokens, `--rows` a step, loss on the answers. TRL runs in three ways: padded
+(its default), packed (best-fit, padding-free within) and padding-free; each meets ours in a contest of its own, two
+processes at a time, so that memory suffices. Gradient checkpointing is off (TRL's default is on, and slower).
+One thread each, float32; see contest.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import contest
+
+PEERS = {"padded": {}, "packed": {"packing": True}, "padding-free": {"padding_free": True, "max_length": None}}
+ROWS_IN_ALL = 64
+
+
+def text_pairs(tokenizer: Any) -> list[tuple[str, str]]:
+    """(prompt, answer): a row of 32 to 512 tokens, a third of it the prompt."""
+    import ours
+
+    draw = random.Random(0)
+    lengths = [draw.randint(32, 512) for _ in range(ROWS_IN_ALL)]
+    parts = [size for length in lengths for size in (length // 3, length - length // 3)]
+    found = ours.texts(tokenizer, parts)
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
+    import ours
+    from gadcli.engine.layout import Group
+
+    actor = ours.actor(ours.world(), args.model, 4096)
+    tokenizer = ours.tokenizer_of(args.model)
+    groups = [
+        Group(tokenizer(prompt).input_ids, [[*tokenizer(answer).input_ids, tokenizer.eos_token_id]])
+        for prompt, answer in text_pairs(tokenizer)
+    ]
+    at = 0
+    while turns.wait():
+        batch = [groups[(at + i) % len(groups)] for i in range(args.rows)]
+        at += args.rows
+        actor.sft_update(batch)
+        turns.done(tokens=sum(group.n_tokens for group in batch))
+
+
+def run_trl(args: argparse.Namespace, turns: contest.Turns, extra: dict[str, Any]) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    import ours
+
+    torch.set_num_threads(1)
+    tokenizer = ours.tokenizer_of(args.model)
+    seen: list[int] = []
+
+    class OneTurn(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not turns.wait():
+                os._exit(0)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns.done(tokens=sum(seen))
+            seen.clear()
+
+    class Counting(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            seen.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+            return super().compute_loss(model, inputs, *rest, **more)
+
+    pairs = text_pairs(tokenizer)
+    data = Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
+    rows = 1 if extra.get("packing") else args.rows  # a packed row is about as many tokens as a step's rows
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder, per_device_train_batch_size=rows, learning_rate=1e-6, gradient_checkpointing=False,
+            bf16=False, use_cpu=True, report_to=[], save_strategy="no", max_steps=10000, logging_steps=10000,
+            disable_tqdm=True, **{"max_length": 1024, **extra}, model_init_kwargs={"dtype": "float32"},
+        )  # fmt: skip
+        Counting(args.model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[OneTurn()]).train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
+    parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS))
+    parser.add_argument("--rows", type=int, default=4, help="rows of text a step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
+    args = parser.parse_args()
+    if args.contestant == "gad":
+        return run_ours(args, contest.Turns())
+    if args.contestant:
+        return run_trl(args, contest.Turns(), PEERS[args.contestant])
+    from gadcli.data.smollm import ensure_demo_model
+
+    args.model = args.model or str(ensure_demo_model())
+    rounds, ratio = {}, {}
+    for peer in args.peers:
+        with tempfile.TemporaryDirectory() as logs:
+            options = [f"--model={args.model}", f"--rows={args.rows}"]
+            found = contest.contest(__file__, ["gad", peer], options, args.rounds, Path(logs))
+        speed = {name: [r["tokens"] / r["cpu_s"] for r in runs] for name, runs in found.items()}
+        rows = {name: contest.spread(values) for name, values in speed.items()}
+        contest.print_table(f"gad and TRL {peer}", "real tokens a CPU-second", rows)
+        print(
+            "  peak MB: " + ", ".join(f"{name} {max(r['peak_mb'] for r in runs):.0f}" for name, runs in found.items())
+        )
+        ratio[f"gad / TRL {peer}"] = contest.ratios(speed[peer], speed["gad"])
+        rounds[peer] = found
+    contest.print_table("Ratio", "times", ratio)
+    shown = {"rows": args.rows, "rounds": args.rounds}
+    results = {"machine": contest.machine(), "settings": shown, "ratios": ratio, "rounds": rounds}
+    contest.write(args.out, results, "sft.py: real tokens a CPU-second, gad / TRL", ratio)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The adversarial step: with and without shared prompts, and side by side with TRL's GRPOTrainer.
+
+    python benchmarks/step.py update [--response 128] [--rounds 3] [--out FILE.json]
+    python benchmarks/step.py trl [--prompts 1] [--response 64] [--rounds 2] [--out FILE.json]
+
+`update` is one update of actor and critic and one pass of the reference over the same drawn rows, packed with shared
+prompts ("shared") and with a prompt for every answer ("alone": packed too, so that only the sharing differs).
+`trl` is a whole step from the same prompts: generation, reference, actor; ours also with the critic besides. TRL runs
+as documented (GRPOTrainer, beta 0.001, its own generation), without gradient checkpointing, which is its default, since
+without it is faster. Its reward is a random number: constant cost. One thread each, float32; see contest.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import contest
+
+Figures = dict[str, list[dict[str, Any]]]
+
+
+def run_update(args: argparse.Namespace, turns: contest.Turns) -> None:
+    """Both layouts in turn, actor, reference and critic each timed; the figures of a turn hold both."""
+    import torch
+
+    import ours
+    from gadcli.engine.rows import Rollout
+
+    world = ours.world()
+    budget = args.group * (args.prompt + args.response) + args.prompt
+    actor, critic = ours.actor(world, args.model, budget), ours.critic(world, args.model, budget)
+    config = actor.model.config
+    shared = ours.drawn(args.prompts, args.group, args.prompt, args.response, config.vocab_size)
+    alone = Rollout(
+        [row for row in shared.rows for _ in range(args.group)], [[a] for group in shared.answers for a in group]
+    )
+    advantages = torch.randn(args.prompts, args.group)
+    while turns.wait():
+        figures = {"gemm_gflops": ours.gemm_gflops(1280, config.hidden_size, config.intermediate_size)}
+        for name, rollout in (("shared", shared), ("alone", alone)):
+            shape = (len(rollout.rows), len(rollout.answers[0]))
+            groups, width = rollout.student_groups(), rollout.width
+            figures[f"{name}_reference"], _ = ours.cpu(actor.logprobs, groups, width)
+            figures[f"{name}_actor"], _ = ours.cpu(actor.update, rollout, advantages.view(shape), None, None)
+            figures[f"{name}_critic"], _ = ours.cpu(critic.score_and_update, rollout)
+        turns.done(**figures)
+
+
+def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
+    """The product's step: sync, rollout, reference, critic and actor, as train/adversarial.py runs them."""
+    import torch
+
+    import ours
+    from gadcli.config.schema import RolloutConfig
+    from gadcli.data.batches import TokenizedRow
+    from gadcli.engine.actor import Reference
+    from gadcli.engine.rollout import Sampling, build_sampler
+    from gadcli.engine.rows import Rollout
+
+    world = ours.world()
+    budget = 4096
+    actor, critic = ours.actor(world, args.model, budget, use_kl_loss=True), ours.critic(world, args.model, budget)
+    reference = Reference(ours.reference(world, args.model), adapters=False)
+    tokenizer = ours.tokenizer_of(args.model)
+    prompts = [tokenizer(text).input_ids for text in prompt_texts(args, tokenizer)]
+    rows = [TokenizedRow(i, ids, ids[: args.response], [], "") for i, ids in enumerate(prompts)]
+    cfg = RolloutConfig(engine=args.engine, n=args.group, max_model_len=1024, max_num_seqs=64)
+    eos = [tokenizer.eos_token_id]
+    sampler = build_sampler(cfg, args.model, world, eos_ids=eos, dtype="float32", seed=1)
+    sampling = Sampling.of(cfg, args.response)
+    step = 0
+    while turns.wait():
+        step += 1
+        seeds = [1000 * step + i for i in range(len(rows))]
+        sync, _ = ours.cpu(sampler.load, actor.model)
+        rolled, answers = ours.cpu(sampler.generate, prompts, sampling, seeds)
+        rollout = Rollout(rows, answers)
+        scored, _ = ours.cpu(critic.score_and_update, rollout)
+        advantages = torch.randn(len(rows), args.group)
+        referred, ref = ours.cpu(actor.logprobs, rollout.student_groups(), rollout.width, reference=reference)
+        updated, _ = ours.cpu(actor.update, rollout, advantages, None, ref)
+        turns.done(
+            sync=sync, rollout=rolled, reference=referred, actor=updated, critic=scored, tokens=sum(rollout.lengths)
+        )
+    os._exit(0)  # vLLM's shutdown is slow, and nothing is left to keep
+
+
+def run_trl(args: argparse.Namespace, turns: contest.Turns) -> None:
+    """GRPOTrainer with a turn a step."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    import ours
+
+    torch.set_num_threads(1)
+    tokenizer = ours.tokenizer_of(args.model)
+    drawn: list[int] = []
+
+    class OneTurn(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not turns.wait():
+                os._exit(0)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns.done(tokens=sum(drawn))
+            drawn.clear()
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        drawn.extend(map(len, completion_ids))
+        return [random.random() for _ in completion_ids]
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=args.prompts * args.group, num_generations=args.group,
+            max_completion_length=args.response, beta=0.001, temperature=ours.TEMPERATURE, learning_rate=1e-6,
+            gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], save_strategy="no", max_steps=10000,
+            logging_steps=10000, disable_tqdm=True, shuffle_dataset=False, model_init_kwargs={"dtype": "float32"},
+        )  # fmt: skip
+        data = Dataset.from_dict({"prompt": prompt_texts(args, tokenizer)})
+        trainer = GRPOTrainer(
+            args.model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer,
+            callbacks=[OneTurn()],
+        )  # fmt: skip
+        trainer.train()
+
+
+def prompt_texts(args: argparse.Namespace, tokenizer: Any) -> list[str]:
+    """Prompts of 1/2 to 1 times --prompt tokens."""
+    import ours
+
+    draw = random.Random(0)
+    return ours.texts(tokenizer, [draw.randint(args.prompt // 2, args.prompt) for _ in range(args.prompts)])
+
+
+def report_update(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    rounds = found["update"]
+    rows = {}
+    for part in ("reference", "actor", "critic"):
+        rows[part] = contest.ratios([r[f"shared_{part}"] for r in rounds], [r[f"alone_{part}"] for r in rounds])
+    totals = {
+        name: [sum(r[f"{name}_{part}"] for part in ("reference", "actor", "critic")) for r in rounds]
+        for name in ("shared", "alone")
+    }
+    rows["whole update"] = contest.ratios(totals["shared"], totals["alone"])
+    title = f"{args.prompts} x {args.prompt} tokens, {args.group} answers of {args.response}"
+    contest.print_table(f"CPU seconds, {title}", "s", {name: contest.spread(times) for name, times in totals.items()})
+    contest.print_table(f"alone / shared, {title}", "times", rows)
+    return rows
+
+
+def report_trl(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    gad, trl = found["gad"], found["trl"]
+    parts = ("sync", "rollout", "reference", "actor", "critic")
+    per_token = {
+        "TRL GRPO": [r["cpu_s"] / r["tokens"] for r in trl],
+        "gad, whole GAD step": [r["cpu_s"] / r["tokens"] for r in gad],
+        "gad, without critic": [(r["cpu_s"] - r["critic"]) / r["tokens"] for r in gad],
+    }
+    contest.print_table(
+        "CPU milliseconds a generated token", "ms",
+        {name: contest.spread([1000 * v for v in values]) for name, values in per_token.items()},
+    )  # fmt: skip
+    contest.print_table("gad's parts", "CPU-s", {p: contest.spread([r[p] for r in gad]) for p in parts})
+    peer = per_token.pop("TRL GRPO")
+    rows = {f"TRL / {name}": contest.ratios(values, peer) for name, values in per_token.items()}
+    outside = [1 - sum(r[p] for p in parts) / r["cpu_s"] for r in gad]
+    print(f"  peak memory: gad {max(r['peak_mb'] for r in gad):.0f} MB, TRL {max(r['peak_mb'] for r in trl):.0f} MB")
+    print(f"  outside gad's parts: {100 * max(outside):.2f} % of a step")
+    contest.print_table("Ratio", "times", rows)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("update", "trl"))
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--response", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--engine", choices=("auto", "vllm", "hf"), default="auto", help="our sampler")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
+    args = parser.parse_args()
+    if args.contestant:
+        runs = {"update": run_update, "gad": run_ours, "trl": run_trl}
+        runs[args.contestant](args, contest.Turns())
+        return
+    from gadcli.data.smollm import ensure_demo_model
+
+    args.model = args.model or str(ensure_demo_model())
+    options = [
+        args.what,
+        *(f"--{k}={getattr(args, k)}" for k in ("model", "prompts", "prompt", "group", "response", "engine")),
+    ]
+    names = ["update"] if args.what == "update" else ["gad", "trl"]
+    with tempfile.TemporaryDirectory() as logs:
+        found = contest.contest(__file__, names, options, args.rounds, Path(logs))
+    report = report_update if args.what == "update" else report_trl
+    rows = report(found, args)
+    shown = {k: v for k, v in vars(args).items() if k not in ("out", "contestant", "model")}
+    results = {"machine": contest.machine(), "settings": shown, "ratios": rows, "rounds": found}
+    contest.write(args.out, results, f"step.py {args.what}: times as much CPU time as gad", rows)
+
+
+if __name__ == "__main__":
+    main()
