@@ -49,6 +49,21 @@ def test_a_killed_run_whose_events_end_torn_is_read_on_past_its_resumes(tmp_path
         assert seen == sorted(set(seen)) and seen[0] == 1 and seen[-1] == 80 and len(seen) >= 79
 
 
+def test_texts_do_not_double_where_a_resume_repeats_an_evaluation(tmp_path: Path) -> None:
+    row = {"prompt": "p", "student": "s", "teacher": "t", "student_score": 0.1, "teacher_score": 0.2}
+    # the first start evaluated at 10 and 20 and was killed at 25; it goes on from a checkpoint of step 10
+    for evals, purge, until in (((10, 20), 1, 0), ((20, 30), 11, 20)):
+        sink = TensorBoardSink(tmp_path, purge, until)
+        sink.hparams({"actor.optim.lr": 1e-6})
+        for step in evals:
+            sink.samples(step, [row])
+        sink.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [e.step for e in events.Tensors("samples/text_summary")] == [10, 20, 30]
+    assert [e.step for e in events.Tensors("hparams/text_summary")] == [0]
+
+
 def test_texts_histograms_and_hparams_arrive(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.samples(1, [{"prompt": "a|b", "student": "s\nt", "teacher": "t", "student_score": 0.1, "teacher_score": 0.2}])
