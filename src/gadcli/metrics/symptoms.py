@@ -226,7 +226,8 @@ def on_policy(s: Signals, facts: RunFacts) -> Diagnosis | None:
     return Diagnosis(
         "policy_still", "the policy does not move within a step", "warn", 0.8, evidence,
         f"{facts.ppo_epochs} epochs over {facts.mini_batches} mini-batches, and the log-probs stay the same",
-        ("actor.optim.lr=3e-6",), "check actor/lr and actor/grad_norm: an update that small changes nothing",
+        (f"actor.optim.lr={max(3e-6, 3 * (facts.actor_lr or 0)):.0e}".replace("e-0", "e-"),),
+        "check actor/lr and actor/grad_norm: an update that small changes nothing",
     )  # fmt: skip
 
 
