@@ -63,7 +63,8 @@ def write_log(path: Path, steps: int) -> None:
 
 
 def training_step_cost(folder: Path, steps: int = 1000) -> float:
-    """CPU milliseconds a training step pays for its record, TensorBoard scalars and health rules."""
+    """CPU milliseconds a training step pays for its record, a sample, TensorBoard (scalars, histograms of 1,024 scores
+    and lengths) and the health rules."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from gadcli.metrics.diagnose import Watch
     from gadcli.metrics.facts import RunFacts
@@ -74,10 +75,15 @@ def training_step_cost(folder: Path, steps: int = 1000) -> float:
     info, rows = healthy(1, steps=steps)
     writer, sink = MetricsWriter(folder, append=False), TensorBoardSink(folder / "tensorboard")
     watch = Watch(RunFacts.of(info))
+    rng = random.Random(2)
+    scores = [rng.gauss(0, 1) for _ in range(1024)]
+    sample = {"prompt": "p" * 400, "student": "s" * 800, "teacher": "t" * 800, "student_score": 0.1, "teacher_score": 1}
     begin = time.process_time()
     for step, metrics in enumerate(rows, start=1):
         writer.step(step, 0, metrics)
+        writer.samples(step, "train", [sample])
         sink.scalars(step, metrics)
+        sink.histograms(step, {"scores/student": scores, "scores/teacher": scores[:128], "response_length": scores})
         watch.step(step, metrics)
     return (time.process_time() - begin) / steps * 1e3
 

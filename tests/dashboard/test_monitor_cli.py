@@ -119,6 +119,9 @@ def test_compare_shows_what_differs(place: Path) -> None:
     assert found["config"]["critic_loss"] == ["final", "v1"]
     assert "response_length/mean" in found["metrics"] and "critic/lr" not in found["metrics"]
     assert gad("compare", "good", cwd=place).returncode == 2
+    assert found["unhealthy"][0] == [] and found["unhealthy"][1][0] == "runaway_gap"
+    told = gad("compare", "good", "lost", cwd=place).stdout
+    assert "runaway_gap" in told and "nothing" in told and "141" in told
 
 
 def test_a_closed_pipe_ends_it_quietly(place: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from gadcli.metrics.cures import cure_for
 from gadcli.metrics.diagnose import Watch, judge
 from gadcli.metrics.facts import RunFacts, read_config
 from gadcli.metrics.health import Alarm, HealthTracker, number
 from gadcli.metrics.runlog import RunLog
+from gadcli.metrics.table import METRICS
 from metrics.generated import LOSSES, SYMPTOMS, Run, bend, header, healthy, write
 
 HEALTHY = [
@@ -116,6 +119,29 @@ def test_a_verdict_falls_back_only_inside_the_healthy_band() -> None:
     for step in range(1, 60):
         alone.update(step, {"critic/d_acc": 0.85})
     assert alone.verdicts()[0].level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("metric", "side", "facts", "cure"),
+    [("critic/score_diff", "high", RunFacts(loss="v1"), "critic.loss=final"),
+     ("critic/score_diff", "high", RunFacts(loss="final", critic_lr=3e-6), "critic.optim.lr=1e-6"),
+     ("critic/d_acc", "low", RunFacts(critic_lr=2e-4), "critic.optim.lr=6e-4"),
+     ("critic/d_acc", "low", RunFacts(), "critic.optim.lr=3e-6"),
+     ("critic/grad_norm", "low", RunFacts(values="all"), "critic.values=last"),
+     ("critic/grad_norm", "low", RunFacts(values="last", loss="original"), "critic.loss=final"),
+     ("critic/raw_score_diff", "high", RunFacts(loss="final"), "critic.final.score_reg=0.01"),
+     ("critic/zero_std_fraction", "high", RunFacts(temperature=0.8, rollout_n=8),
+      "rollout.temperature=1.0 rollout.n=16"),
+     ("response_length/clip_ratio", "high", RunFacts(max_response_length=512), "data.max_response_length=256"),
+     ("response_length/clip_ratio", "high", RunFacts(max_response_length=128), "data.max_response_length=256"),
+     ("response_length/clip_ratio", "high", RunFacts(max_response_length=48), "data.max_response_length=96"),
+     ("val/length_auc", "high", RunFacts(max_response_length=48, values="all"), "critic.values=last"),
+     ("actor/grad_norm", "high", RunFacts(actor_lr=3e-5), "actor.grad_clip=1.0 actor.optim.lr=1e-5")],
+)  # fmt: skip
+def test_a_cure_is_not_what_the_run_does_already(
+    metric: str, side: Literal["low", "high"], facts: RunFacts, cure: str
+) -> None:
+    assert cure_for(METRICS[metric], side, facts) == cure
 
 
 def test_one_odd_step_raises_nothing_but_a_nan_does_at_once() -> None:

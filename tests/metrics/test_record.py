@@ -15,6 +15,7 @@ import pytest
 
 from gadcli.metrics.history import History, StepRecord
 from gadcli.metrics.record import METRICS_FILE, MetricsWriter, RunLog, read_status, write_status
+from gadcli.metrics.samples import SampleTail, drop_after
 
 
 def read(run_dir: Path) -> RunLog:
@@ -198,3 +199,22 @@ def test_a_run_on_another_host_is_not_called_dead(tmp_path: Path) -> None:
     assert read(tmp_path).state(now).kind == "running"
     assert read(tmp_path).state(now + 3600).kind == "silent"
     assert read_status(tmp_path / "nowhere") is None
+
+
+def test_a_resume_takes_overtaken_samples_out_and_keeps_the_rest_byte_for_byte(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, append=False)
+    for step in (10, 20, 25):
+        writer.samples(step, "train" if step == 25 else "val", [{"prompt": f"p{step}", "student": "s", "teacher": "t"}])
+    writer.close()
+    path = tmp_path / "samples.jsonl"
+    before = path.read_bytes()
+    tail = SampleTail(tmp_path)
+    tail.poll()
+    assert drop_after(tmp_path, 30) == 0 and path.read_bytes() == before
+    with path.open("ab") as file:
+        file.write(b'{"step":26,"ki')  # torn by the kill
+    assert drop_after(tmp_path, 10) == 20, "the last evaluation that was there already"
+    assert path.read_bytes() == before.splitlines(keepends=True)[0]
+    tail.poll()
+    assert [row.step for row in tail.rows] == [10] and [p.name for p in tmp_path.glob(".samples*")] == []
+    assert drop_after(tmp_path / "nowhere", 0) == 0

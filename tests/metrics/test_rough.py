@@ -139,3 +139,13 @@ def test_answers_that_stop_ending_are_named_long_before_the_mass_is_cut() -> Non
 
     found = judged(turn(many(120, {"max_response_length": 160}, game, 2), never_ends, onset=0.4))
     assert faults(found) == ["limit_too_low"] and "stops ending" in found[0].title
+
+
+def test_a_tight_limit_is_not_cured_by_a_lower_one() -> None:
+    def draw(n: Noise, i: int) -> Metrics:
+        cut = {"response_length/clip_ratio": n.within(0.93, 0.03), "response_length/mean": n.around(23.5, 0.01)}
+        return game(n, i, teacher=12, start=24, limit=24) | cut
+
+    # P99 of teachers with a mean of 12 is about 18: the next multiple of 16 is above the limit of 24
+    found = judged(many(40, {"max_response_length": 24}, draw, 1))[0]
+    assert found.name == "length_giveaway" and found.cures == ("data.max_response_length=48",)

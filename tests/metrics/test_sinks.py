@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gadcli.errors import ConfigError
+from gadcli.metrics.diagnose import Watch
+from gadcli.metrics.facts import RunFacts
+from gadcli.metrics.record import MetricsWriter
 from gadcli.metrics.sinks import TensorBoardSink, WandbSink, layout, own_id
 from gadcli.metrics.table import GROUPS, METRICS
+from metrics.generated import healthy
 
 
 def test_a_twice_resumed_run_shows_each_step_once_in_rising_order(tmp_path: Path) -> None:
@@ -49,6 +54,21 @@ def test_a_killed_run_whose_events_end_torn_is_read_on_past_its_resumes(tmp_path
         assert seen == sorted(set(seen)) and seen[0] == 1 and seen[-1] == 80 and len(seen) >= 79
 
 
+def test_texts_do_not_double_where_a_resume_repeats_an_evaluation(tmp_path: Path) -> None:
+    row = {"prompt": "p", "student": "s", "teacher": "t", "student_score": 0.1, "teacher_score": 0.2}
+    # the first start evaluated at 10 and 20 and was killed at 25; it goes on from a checkpoint of step 10
+    for evals, purge, until in (((10, 20), 1, 0), ((20, 30), 11, 20)):
+        sink = TensorBoardSink(tmp_path, purge, until)
+        sink.hparams({"actor.optim.lr": 1e-6})
+        for step in evals:
+            sink.samples(step, [row])
+        sink.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [e.step for e in events.Tensors("samples/text_summary")] == [10, 20, 30]
+    assert [e.step for e in events.Tensors("hparams/text_summary")] == [0]
+
+
 def test_texts_histograms_and_hparams_arrive(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.samples(1, [{"prompt": "a|b", "student": "s\nt", "teacher": "t", "student_score": 0.1, "teacher_score": 0.2}])
@@ -64,6 +84,22 @@ def test_texts_histograms_and_hparams_arrive(tmp_path: Path) -> None:
     assert columns.plugin_name == "hparams" and b"actor.optim.lr" in columns.content
     assert len(list(tmp_path.rglob("events*"))) == 1, "no second run for the hparams"
     assert events.Histograms("scores/student")[0].histogram_value.num == 2
+
+
+def test_a_steps_records_cost_under_five_milliseconds_of_cpu(tmp_path: Path) -> None:
+    info, rows = healthy(1, steps=200)
+    writer, sink = MetricsWriter(tmp_path, append=False), TensorBoardSink(tmp_path / "tb")
+    watch = Watch(RunFacts.of(info))
+    scores = [math.sin(i) for i in range(1024)]
+    begin = time.process_time()
+    for step, metrics in enumerate(rows, start=1):
+        writer.step(step, 0, metrics)
+        writer.samples(step, "train", [{"prompt": "p" * 400, "student": "s" * 800, "teacher": "t" * 800}])
+        sink.scalars(step, metrics)
+        sink.histograms(step, {"scores/student": scores, "scores/teacher": scores[:128], "response_length": scores})
+        watch.step(step, metrics)
+    assert (time.process_time() - begin) / len(rows) < 5e-3
+    sink.close()
 
 
 def test_the_layout_has_the_four_groups_and_only_names_of_the_table() -> None:

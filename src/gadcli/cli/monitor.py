@@ -240,17 +240,24 @@ def compare(
 ) -> int:
     """Runs side by side: the configuration keys and the recent metrics that differ."""
     import math
+    import time
 
+    from gadcli.dashboard import RunView
     from gadcli.metrics.compare import compare_metrics, config_differences, settings
     from gadcli.metrics.facts import read_config
-    from gadcli.metrics.runlog import RunLog
 
     folders = [find_run(name) for name in runs]
     if len(folders) < 2:
         raise ConfigError("compare needs two runs or more", "gad compare RUN1 RUN2")
-    logs = [RunLog(folder) for folder in folders]
-    for log in logs:
-        log.poll()
+    views = [RunView(folder) for folder in folders]
+    for view in views:
+        view.poll()
+    logs = [view.log for view in views]
+    now = time.time()
+    ails = [[d.name for d in view.judge.diagnoses if d.level != "info"] for view in views]
+    rows = [("state", [log.state(now).kind for log in logs]),
+            ("step", [str(log.history.last.step) if log.history.last else "–" for log in logs]),
+            ("unhealthy", [", ".join(names[:3]) or "nothing" for names in ails])]  # fmt: skip
     # A run without a config.yaml (copied logs) still says its main settings in its header.
     config = config_differences([read_config(log.run_dir) or settings(log.run) for log in logs])
     metrics = [row for row in compare_metrics(logs) if row.differs or every]
@@ -258,13 +265,22 @@ def compare(
         from gadcli.cli.common import print_json
 
         values = {row.name: [None if math.isnan(v) else v for v in row.values] for row in metrics}
-        print_json({"runs": [str(f) for f in folders], "config": {k: list(v) for k, v in config}, "metrics": values})
+        print_json(
+            {
+                "runs": [str(f) for f in folders],
+                "unhealthy": ails,
+                "config": {k: list(v) for k, v in config},
+                "metrics": values,
+            }
+        )
     else:
         from rich.console import Console
 
         from gadcli.dashboard.tables import compare_tables
 
         console = Console(highlight=False)
-        for table in compare_tables([folder.name for folder in folders], config, metrics):
+        names = [folder.name for folder in folders]
+        names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+        for table in compare_tables(names, rows, config, metrics):
             console.print(table)
     return 0

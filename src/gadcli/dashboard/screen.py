@@ -123,7 +123,7 @@ def progress(view: RunView, width: int, now: float) -> Text:
     if view.log.state(now).ended and (took := view.elapsed()):
         tail.append(f" · took {duration(took)}")
     throughput = view.log.latest("perf/tokens_per_s")
-    if throughput is not None:
+    if throughput is not None and width >= 70:  # the engine's line has it too; the bar needs the room
         tail.append(f" · {number(throughput)} tokens/s")
     room = max(0, width - left.cell_len - tail.cell_len)
     if total and room >= 4:

@@ -35,11 +35,15 @@ def samples_table(rows: Sequence[Sample]) -> RenderableType:
 
 
 def compare_tables(
-    names: Sequence[str], config: Sequence[tuple[str, tuple[Any, ...]]], metrics: Sequence[MetricRow]
+    names: Sequence[str],
+    runs: Sequence[tuple[str, Sequence[str]]],
+    config: Sequence[tuple[str, tuple[Any, ...]]],
+    metrics: Sequence[MetricRow],
 ) -> list[RenderableType]:
-    """The keys and the metrics that differ, a column a run."""
+    """How far each run came and what ails it, then the keys and the metrics that differ; a column a run."""
     result: list[RenderableType] = []
     for title, rows in (
+        ("runs", [(key, [clean(v) for v in values]) for key, values in runs]),
         ("configuration", [(key, [("–" if v is None else clean(str(v))) for v in values]) for key, values in config]),
         ("metrics, median of the last steps", [(m.name, [_number(v) for v in m.values]) for m in metrics]),
     ):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from gadcli.metrics.cures import cure_for
 from gadcli.metrics.facts import RunFacts, read_config
 from gadcli.metrics.health import Alarm, HealthTracker, Verdict, number
 from gadcli.metrics.history import History, StepRecord
@@ -50,24 +51,29 @@ def diagnose(
     # Where a collapse is named, its group's lesser warnings are part of it.
     groups = {METRICS[d.evidence[0].metric].group for d in found.values() if d.level == "bad" and d.certainty >= 0.75}
     plain = [
-        _plain(v) for v in verdicts
+        _plain(v, facts) for v in verdicts
         if v.unhealthy and v.metric not in covered and not (v.level == "warn" and v.group in groups)
     ]  # fmt: skip
     ranked = [*found.values(), *plain]
     return sorted(ranked, key=lambda d: (d.level != "info", d.certainty, _LEVELS[d.level]), reverse=True)
 
 
-def _plain(verdict: Verdict) -> Diagnosis:
+def _plain(verdict: Verdict, facts: RunFacts) -> Diagnosis:
     """A diagnosis made of one verdict."""
     row = METRICS[verdict.metric]
-    cure = (row.cure_low or row.cure) if verdict.side == "low" else row.cure
+    cure, bounds = cure_for(row, verdict.side, facts), row.range_for(facts.loss)
+    healthy = ""
+    if bounds is not None:
+        ends = [("at least", bounds.low), ("at most", bounds.high)]
+        healthy = "healthy is " + " and ".join(f"{word} {number(v)}" for word, v in ends if math.isfinite(v))
     if not math.isfinite(verdict.value):
         side = verdict.metric.split("/")[0]
         cure = f"{side}.grad_clip=0.2 {side}.optim.lr=3e-7"
     return Diagnosis(
         verdict.metric, f"{verdict.metric} {number(verdict.value)}: {verdict.text}",
         "bad" if verdict.level == "bad" else "warn", 0.6 if verdict.level == "bad" else 0.5,
-        (Evidence(verdict.metric, verdict.value, verdict.since),), row.meaning, (cure,) if cure else (),
+        (Evidence(verdict.metric, verdict.value, verdict.since, healthy),), f"it is the {row.meaning}",
+        (cure,) if cure else (),
     )  # fmt: skip
 
 

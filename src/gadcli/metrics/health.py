@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from gadcli.metrics.cures import cure_for
 from gadcli.metrics.facts import RunFacts
 from gadcli.metrics.table import GROUPS, METRICS, Group, Metric, Range
 
@@ -115,7 +116,7 @@ class HealthTracker:
                 window = self.windows[name] = Window(METRICS[name])
             before = window.verdict
             window.verdict = self._judge(window, step, value, metrics)
-            if (alarm := _change(before, window.verdict, step, window.row)) is not None:
+            if (alarm := _change(before, window.verdict, step, window.row, self.facts)) is not None:
                 alarms.append(alarm)
         return alarms
 
@@ -219,11 +220,11 @@ def _move(
     return Verdict(old.metric, old.group, level, value, since, text, side)
 
 
-def _change(before: Verdict, after: Verdict, step: int, row: Metric) -> Alarm | None:
+def _change(before: Verdict, after: Verdict, step: int, row: Metric, facts: RunFacts) -> Alarm | None:
     if after.unhealthy and _RANK[after.level] > _RANK[before.level]:
-        cure = (row.cure_low or row.cure) if after.side == "low" else row.cure
         level: Literal["warn", "bad"] = "bad" if after.level == "bad" else "warn"
-        return Alarm(step, row.name, level, f"{row.name} {number(after.value)}: {after.text}", cure)
+        return Alarm(step, row.name, level, f"{row.name} {number(after.value)}: {after.text}",
+                     cure_for(row, after.side, facts))  # fmt: skip
     if before.unhealthy and after.level == "ok":
         return Alarm(step, row.name, "info", f"{row.name} is healthy again at {number(after.value)}")
     return None

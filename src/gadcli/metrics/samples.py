@@ -98,6 +98,29 @@ def _largest(rows: Mapping[str, Sample], count: int) -> list[Sample]:
     return heapq.nlargest(count, rows.values(), key=lambda row: row.student_score or 0.0)
 
 
+def drop_after(run_dir: Path, step: int) -> int:
+    """Take rows of steps above `step` out of samples.jsonl: a resume writes them again. Returns the last such step
+    of an evaluation (0 for none). The file is replaced whole, so a kill leaves the old one or the new one."""
+    path, last = run_dir / SAMPLES_FILE, 0
+    if not path.exists() or all(row.step <= step for row in iter_samples(run_dir)):
+        return last
+    temporary = path.with_name(f".{SAMPLES_FILE}.{os.getpid()}")
+    try:
+        with path.open("rb") as old, temporary.open("wb") as new:
+            for line in old:
+                row = parse(line)
+                if row is not None and row.step <= step:
+                    new.write(line)
+                elif row is not None and row.kind != "train":
+                    last = max(last, row.step)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return last
+
+
 class SampleTail:
     """The newest samples of a run, at most `keep`; polls read only what is new."""
 
@@ -105,15 +128,18 @@ class SampleTail:
         self.path = run_dir / SAMPLES_FILE
         self.rows: deque[Sample] = deque(maxlen=keep)
         self._offset = 0
+        self._identity: tuple[int, int] | None = None
 
     def poll(self) -> bool:
         """Read what is new; true if anything was."""
         try:
             with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < self._offset:
-                    self._offset = 0
+                stat = os.fstat(file.fileno())
+                size, identity = stat.st_size, (stat.st_dev, stat.st_ino)
+                if size < self._offset or self._identity not in (None, identity):
+                    self._offset = 0  # a resume has replaced it
                     self.rows.clear()
+                self._identity = identity
                 begin = max(self._offset, size - TAIL_BYTES)
                 file.seek(begin)
                 lines = file.read(size - begin).split(b"\n")

@@ -24,6 +24,7 @@ from gadcli.metrics.table import GROUPS
 
 log = logging.getLogger(__name__)
 
+HISTOGRAM_BINS = 40
 HPARAM_METRICS = ("val/rouge_l", "val/d_acc", "critic/d_acc", "response_length/mean", "actor/sft_loss")
 """What the HPARAMS tab shows beside the settings; the values are the scalars' own."""
 
@@ -31,21 +32,25 @@ HPARAM_METRICS = ("val/rouge_l", "val/d_acc", "critic/d_acc", "response_length/m
 class TensorBoardSink:
     """Scalars, text samples, histograms and hparams as TensorBoard event files.
 
-    `purge_step`: the first step this process will write again; TensorBoard then hides what an interrupted run
-    wrote from there on, so that steps never double. None for a fresh run.
+    `purge_step`: the first step this process will write again; TensorBoard then hides the scalars and histograms that
+    an interrupted run wrote from there on, so that steps never double. None for a fresh run. It does not hide texts:
+    those of steps up to `texts_until` are there already and are not written again.
     Raises ConfigError where `folder` cannot be written.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+    def __init__(self, folder: Path, purge_step: int | None = None, texts_until: int = 0) -> None:
+        self._texts_until = texts_until
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._first = not any(folder.glob("events.out.tfevents.*"))
             self._writer = SummaryWriter(str(folder), purge_step=purge_step, max_queue=200, flush_secs=20)
         except OSError as error:
             raise ConfigError(
                 f"TensorBoard's folder {folder} cannot be written: {error.strerror or error}",
                 "choose trainer.output_dir, or leave tensorboard out of trainer.logger",
             ) from error
-        self._writer.add_custom_scalars(layout())
+        if self._first:
+            self._writer.add_custom_scalars(layout())
         self._working = True
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -62,17 +67,24 @@ class TensorBoardSink:
             for name, row in values.items():
                 finite = [value for value in row if math.isfinite(value)]
                 if finite:
-                    self._writer.add_histogram(name, _array(finite), step)
+                    # TensorFlow's 1,500 bins, the default, cost 1.5 ms each.
+                    self._writer.add_histogram(name, _array(finite), step, bins=HISTOGRAM_BINS)
 
         self._guard(write)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Prompt, student, teacher and both scores of some rows, as one text page a step."""
-        if rows:
+        if rows and step > self._texts_until:
             self._guard(lambda: self._writer.add_text("samples", _markdown(rows), step))
+            self.flush()  # evaluations are rare, and a text that a kill swallowed would not come again
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """The resolved configuration, flat (`actor.optim.lr` → value): a text page, and the HPARAMS tab's columns."""
+        """The resolved configuration, flat (`actor.optim.lr` → value): a text page, and the HPARAMS tab's columns.
+
+        Once a folder: a resume goes on under the settings that are there.
+        """
+        if not self._first:
+            return
         lines = "\n".join(f"| {key} | {_cell(value)} |" for key, value in values.items())
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
 

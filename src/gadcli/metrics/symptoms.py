@@ -157,15 +157,19 @@ def length_giveaway(s: Signals, facts: RunFacts) -> Diagnosis | None:
     start = s.start("response_length/mean")
     certainty = 0.7 + 0.1 * (clipped >= 0.8) + 0.1 * (length >= 2 * teacher) + 0.05 * (length > 1.3 * start)
     certainty -= 0.15 * (lower_hinge(s, facts) is not None)
+    shorter = suggest_limit(teacher, limit)
+    tight = limit is not None and shorter >= limit
     return Diagnosis(
         "length_giveaway", "answers run to the length limit, and the critic can read the length", "warn", certainty,
         known([s.evidence("response_length/clip_ratio", lambda v: v >= 0.5),
                s.evidence("response_length/mean", lambda v: v >= 1.5 * teacher if teacher == teacher else True,
                           f"{number(start)} at the start, teacher {number(teacher)}"),
                s.evidence("val/length_auc", lambda v: v >= 0.8)]),
-        "the limit is far above what the teacher writes: cut answers lack their end, so length tells the sides apart",
-        (f"data.max_response_length={suggest_limit(teacher, limit)}",),
-        "take the limit from the data: gad data analyze-tokens FILES -t MODEL (P99, rounded up to 16)",
+        "the student does not end its answers: cut ones lack the end that the teacher's have" if tight
+        else "the limit is far above the teacher's lengths: cut answers lack their end, so length tells",
+        (f"data.max_response_length={2 * (limit or 0)}",) if tight else (f"data.max_response_length={shorter}",),
+        "start from a student that has learnt to end: gad train seqkd first" if tight
+        else "take the limit from the data: gad data analyze-tokens FILES -t MODEL (P99, rounded up to 16)",
     )  # fmt: skip
 
 
@@ -222,7 +226,8 @@ def on_policy(s: Signals, facts: RunFacts) -> Diagnosis | None:
     return Diagnosis(
         "policy_still", "the policy does not move within a step", "warn", 0.8, evidence,
         f"{facts.ppo_epochs} epochs over {facts.mini_batches} mini-batches, and the log-probs stay the same",
-        ("actor.optim.lr=3e-6",), "check actor/lr and actor/grad_norm: an update that small changes nothing",
+        (f"actor.optim.lr={max(3e-6, 3 * (facts.actor_lr or 0)):.0e}".replace("e-0", "e-"),),
+        "check actor/lr and actor/grad_norm: an update that small changes nothing",
     )  # fmt: skip
 
 

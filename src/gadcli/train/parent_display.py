@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from gadcli.metrics.runlog import METRICS_FILE, read_status
+from gadcli.metrics.runlog import METRICS_FILE, RunLog, read_status
 
 STOP_WAIT_S = 3.0
 LEAVE_ALTERNATE_SCREEN = "\x1b[?1049l"
@@ -109,13 +109,13 @@ class JsonDisplay(Display):
 class PlainDisplay(Display):
     """Not a terminal: one line a step, no escape codes."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, total: int | None = None) -> None:
         super().__init__(run_dir)
         self._tail = RecordTail(run_dir)
         self._phase = ""
         self._began = time.time()
         self._stepped = False
-        self._total: int | None = None
+        self._total = total
 
     def inform(self, text: str) -> None:
         self.notice(text)
@@ -165,12 +165,19 @@ class LiveDisplay(Display):
         )  # fmt: skip
         self._thread.start()
 
+    def _total(self) -> int | None:
+        """Steps planned, from the header that the picture has read before."""
+        log = RunLog(self.run_dir)
+        log.poll()
+        total = log.run.get("total_steps")
+        return total if isinstance(total, int) else None
+
     def _latest_notice(self) -> str:
         return self._held[-1] if self._held else ""
 
     def tick(self) -> None:
         if self._plain is None and self._thread is not None and not self._thread.is_alive() and not self._muted:
-            self._plain = PlainDisplay(self.run_dir)  # the user closed the picture; the run goes on
+            self._plain = PlainDisplay(self.run_dir, self._total())  # the user closed the picture; the run goes on
             self.notice("the dashboard is closed, the run goes on (gad monitor shows it again)")
         if self._plain is not None:
             self._plain.tick()

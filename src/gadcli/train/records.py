@@ -19,6 +19,7 @@ from gadcli.metrics.facts import RunFacts
 from gadcli.metrics.health import Alarm
 from gadcli.metrics.record import MetricsWriter, RunLog, write_status
 from gadcli.metrics.reduce import reduce_means
+from gadcli.metrics.samples import drop_after
 from gadcli.metrics.sinks import TensorBoardSink, WandbSink
 from gadcli.train.steplog import StepLog
 
@@ -39,13 +40,14 @@ class Records:
         self.config_hash = hashlib.sha256(text.encode()).hexdigest()
         if not world.is_main:
             return
+        told = drop_after(run_dir, start_step)
         if start_step:
             earlier = RunLog(run_dir)
             earlier.poll()
             self.watch.replay(earlier)
         self.writer = MetricsWriter(run_dir, append=True)
         if "tensorboard" in cfg.trainer.logger:
-            sink = TensorBoardSink(run_dir / "tensorboard", purge_step=start_step + 1)
+            sink = TensorBoardSink(run_dir / "tensorboard", purge_step=start_step + 1, texts_until=told)
             sink.hparams(flat(dataclasses.asdict(cfg)))
             self.sinks.append(sink)
         if "wandb" in cfg.trainer.logger:
