@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from gadcli.engine.background import BackgroundSaver, host_copy
 from gadcli.engine.checkpoint import load_checkpoint, load_rng, save_checkpoint
-from gadcli.errors import CheckpointError
+from gadcli.errors import CheckpointError, ResourceError
 
 
 def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -93,3 +95,46 @@ def one_rank_fails(run_dir: str) -> None:
             Path(run_dir), 1, stage="gad", config_hash="", models={"actor": model.state_dict()}, optims={}, trainer={},
             rng=broken, assets={}, metrics=None,
         )  # fmt: skip
+
+
+def background_save_after(run_dir: str, step: str, steps: str) -> None:
+    """Begin a save after `steps` and train on while it is written: the thread's collectives and training's mingle."""
+    model, optim = build(0)
+    train(model, optim, int(steps))
+    states = {"models": {"actor": model.state_dict()}, "optims": {"actor": get_optimizer_state_dict(model, optim)}}
+    saver = BackgroundSaver(timeout_s=60)
+    work = functools.partial(
+        save_checkpoint, Path(run_dir), int(step), stage="gad", config_hash="c0ffee", trainer={"step": int(step)},
+        rng={"cpu": torch.get_rng_state()}, assets={"actor": write_config}, metrics={}, **host_copy(states),
+    )  # fmt: skip
+    saver.begin(int(step), work, 0.0)
+    train(model, optim, 4)
+    saved = saver.take(wait=True)
+    assert saved is not None and saved.path.name == f"global_step_{step}" and not saver.busy
+
+
+def background_failure_reaches_all(run_dir: str) -> None:
+    """One rank's disk fails in the background: both ranks raise it from the same `take`, none hangs."""
+
+    def fails(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, optim = build(0)
+    train(model, optim, 1)
+    saver = BackgroundSaver(timeout_s=60)
+    saver.begin(
+        1,
+        lambda: save_checkpoint(
+            Path(run_dir), 1, stage="gad", config_hash="c", models=host_copy({"actor": model.state_dict()}), optims={},
+            trainer={}, rng={}, assets={"actor": fails}, metrics={},
+        ),
+        0.0,
+    )  # fmt: skip
+
+    def train_until_taken() -> None:
+        while saver.take(wait=False) is None:
+            train(model, optim, 1)
+
+    with pytest.raises(ResourceError, match="disk full while saving"):
+        train_until_taken()
+    assert not list(Path(run_dir).iterdir())

@@ -68,8 +68,8 @@ def test_sixteen_gpus_hold_half_of_what_eight_do_but_no_smaller_sampler() -> Non
     assert eight.memory.actor.resident == pytest.approx(2 * sixteen.memory.actor.resident)
     assert eight.memory.sampler_weights == sixteen.memory.sampler_weights
     assert not one.fits and sixteen.fits
-    # two machines of eight: what one machine's host holds is the same
-    assert eight.memory.host_ram == pytest.approx(sixteen.memory.host_ram)
+    # A host holds, a rank: the whole model once while loading, and a copy of the rank's share while saving.
+    assert sixteen.memory.host_ram < eight.memory.host_ram < 2 * sixteen.memory.host_ram
 
 
 def plan_text(config: dict[str, object], *overrides: str, ram: float = 20.0) -> tuple[str, dict[str, object]]:

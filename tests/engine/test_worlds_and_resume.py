@@ -51,7 +51,7 @@ def test_two_ranks_learn_what_one_rank_learns(inputs: Path, whole: Path, tmp_pat
 def test_a_killed_run_resumes_bit_equal_in_metrics_weights_and_moments(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
-    run_dir = prepare(tmp_path / "killed", inputs, "warmup", *GAD)
+    run_dir = prepare(tmp_path / "killed", inputs, "warmup", *GAD, "trainer.async_save=always")
     (worker,) = start(run_dir)
     deadline = time.monotonic() + 120
     while not (run_dir / "global_step_2" / "MANIFEST.json").exists() and time.monotonic() < deadline:

@@ -240,6 +240,12 @@ def _peaks(
             host += model.resident + model.gradients
         else:
             resident += model.resident
+    if cfg.trainer.async_save == "always" or (cfg.trainer.async_save == "auto" and on_gpu):
+        copied = sum(model.resident for model in (actor, critic) if model is not None)
+        if on_gpu:
+            host += copied
+        else:
+            resident += copied
     updates = [actor.updating]
     if critic is not None:
         updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))

@@ -230,6 +230,11 @@ class TrainerConfig:
         0.0, "end the critic-only phase early at this held-out d_acc; 0 goes by steps", min=0, max=1
     )
     save_freq: int = opt(0, "steps between checkpoints; 0 saves at the end only", min=0)
+    async_save: str = opt(
+        "auto",
+        "write checkpoints while training goes on, from a copy in host memory; auto does on GPUs",
+        choices=("auto", "always", "never"),
+    )
     keep_last: int = opt(2, "committed checkpoints to keep", min=2)
     keep_best: str = opt("", "also keep the best by this val metric, e.g. val/rouge_l")
     test_freq: int = opt(0, "steps between evaluations on the held-out rows; 0 evaluates at the end only", min=0)

@@ -25,6 +25,7 @@ NEUTRAL_KEYS = (
     "trainer.total_steps",
     "trainer.max_time_s",
     "trainer.save_freq",
+    "trainer.async_save",
     "trainer.keep_last",
     "trainer.keep_best",
     "trainer.nproc",

@@ -60,7 +60,7 @@ from gadcli.engine.manifest import (
     write_manifest,
 )
 from gadcli.engine.retention import check_keep_last, prune, remove_leftovers
-from gadcli.engine.together import FAILURES, on_rank0, rank_and_world, together
+from gadcli.engine.together import FAILURES, current_group, on_rank0, rank_and_world, together
 from gadcli.errors import CheckpointError, GadError, ResourceError
 
 _SLACK = 64 << 20  # bytes asked for beyond the tensors: zip headers, config, tokenizer, the file system's own
@@ -180,7 +180,7 @@ def _write_states(folder: Path, models: Mapping[str, Any], optims: Mapping[str, 
 def _dcp_save(folder: Path, state: dict[str, Any]) -> None:
     writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
     with _single_process_is_fine():
-        dcp.save(state, storage_writer=writer, no_dist=rank_and_world()[1] == 1)
+        dcp.save(state, storage_writer=writer, process_group=current_group(), no_dist=rank_and_world()[1] == 1)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,6 +15,25 @@ from gadcli.errors import CheckpointError, ConfigError, GadError, ResourceError
 T = TypeVar("T")
 # What a save can end with on one rank; CheckpointException is DCP's, and no Exception by inheritance.
 FAILURES = (GadError, OSError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, CheckpointException)
+
+
+# The group that this thread's collectives run over; None is the default group, which training uses.
+_group: ContextVar[Any] = ContextVar("group", default=None)
+
+
+@contextmanager
+def collectives_over(group: Any) -> Iterator[None]:
+    """Within, this thread works together over `group` (of all ranks): two threads must not share one."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def current_group() -> Any:
+    """The process group of this thread's collectives, for those who call torch's own; None is the default group."""
+    return _group.get()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -37,7 +58,7 @@ def together(work: Callable[[], T]) -> list[T]:
     # Exceptions travel as the few plain values that rebuild them; anything else might not pickle.
     packed = None if failure is None else _pack(failure)
     gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, (packed, result))
+    dist.all_gather_object(gathered, (packed, result), group=current_group())
     first = next((p for p, _ in gathered if p is not None), None)
     if failure is not None:
         raise failure

@@ -88,6 +88,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         reference,
         critic,
     )
+    run.saver.timeout_s = cfg.fsdp.timeout_s
     if resume_from is not None:
         restore(run, resume_from)
     _announce(run, resume_from, time.monotonic() - started)

@@ -14,6 +14,7 @@ from gadcli.data.batches import Dataset, TokenizedRow
 from gadcli.data.order import BatchOrder
 from gadcli.engine.accumulate import balanced_share
 from gadcli.engine.actor import Actor, Reference
+from gadcli.engine.background import BackgroundSaver
 from gadcli.engine.critic import Critic, Scores
 from gadcli.engine.dist import World, max_over_ranks, sum_over_ranks
 from gadcli.engine.layout import Group
@@ -24,7 +25,7 @@ from gadcli.engine.watchdog import WATCHDOG
 from gadcli.train.evaluation import evaluate
 from gadcli.train.measure import host_metrics, length_metrics
 from gadcli.train.records import Records
-from gadcli.train.saving import save
+from gadcli.train.saving import collect, save
 from gadcli.train.steplog import StepLog
 from gadcli.train.stopping import StopFlag
 
@@ -64,6 +65,7 @@ class Run:
     maybe_critic: Critic | None = None
     synced_step: int = -1
     unhealthy: bool = False
+    saver: BackgroundSaver = field(default_factory=BackgroundSaver)
 
     @property
     def critic(self) -> Critic:
@@ -161,6 +163,7 @@ class Run:
 
     def _eval_and_save(self, step: int) -> None:
         trainer = self.cfg.trainer
+        collect(self)
         if trainer.test_freq and step % trainer.test_freq == 0:
             self.evaluate()
         if (trainer.save_freq and step % trainer.save_freq == 0) or max_over_ranks(
@@ -191,5 +194,6 @@ class Run:
         if not self.stop.number and not self.unhealthy:
             self.evaluate()
         save(self)
+        collect(self, wait=True)
         if self.unhealthy:
             raise self.records.as_error()

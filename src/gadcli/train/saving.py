@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from gadcli.engine.background import host_copy
 from gadcli.engine.checkpoint import load_checkpoint, load_rng, save_checkpoint
 from gadcli.engine.dist import World
 from gadcli.engine.manifest import read_trainer
@@ -19,37 +21,60 @@ if TYPE_CHECKING:
 
 
 def save(run: Run) -> None:
-    """Commit `global_step_N` with all that an exact resume needs. Once a step; collective."""
+    """Commit `global_step_N` with all that an exact resume needs, or begin to. Once a step; collective."""
     progress = run.progress
     if progress.last_saved_step == progress.step or progress.step == 0:
         return
     run.on_phase("save", progress.step)
+    collect(run, wait=True)
     start = time.monotonic()
-    roles = _roles(run)
     progress.last_saved_step = progress.step
-    path = save_checkpoint(
-        run.run_dir,
-        progress.step,
-        stage=run.cfg.stage,
-        config_hash=run.records.config_hash,
-        models={name: model_state(role.model) for name, role in roles.items()},
+    state = _state_of(run)
+    if saves_in_background(run.cfg.trainer.async_save, run.world.device.type):
+        state |= {part: host_copy(state[part]) for part in ("models", "optims")}
+        work = functools.partial(save_checkpoint, run.run_dir, progress.step, **state)
+        run.saver.begin(progress.step, work, time.monotonic() - start)
+        return
+    path = save_checkpoint(run.run_dir, progress.step, **state)
+    seconds = time.monotonic() - start
+    run.records.event("save", f"saved {path.name} in {seconds:.1f} s", step=progress.step, seconds=seconds)
+
+
+def saves_in_background(wanted: str, device: str) -> bool:
+    """`trainer.async_save`: on CPUs the copy would cost the memory, and the writing the cores, that training needs."""
+    return wanted == "always" or (wanted == "auto" and device == "cuda")
+
+
+def collect(run: Run, *, wait: bool = False) -> None:
+    """Take note of a save in the background that has ended; raises what it raised, on all ranks in the same step."""
+    saved = run.saver.take(wait=wait)
+    if saved is not None:
+        text = f"saved {saved.path.name} in {saved.seconds:.1f} s, {saved.blocked_s:.1f} s of them in the way"
+        run.records.event("save", text, step=saved.step, seconds=saved.seconds, blocked_seconds=saved.blocked_s)
+
+
+def _state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint of this moment holds: `save_checkpoint`'s words."""
+    roles = _roles(run)
+    return {
+        "stage": run.cfg.stage,
+        "config_hash": run.records.config_hash,
+        "models": {name: model_state(role.model) for name, role in roles.items()},
         # An optimiser that has not stepped has no moments to keep (a gigabyte of zeros for 135M parameters).
-        optims={name: optimizer_state(r.model, r.optimizer) for name, r in roles.items() if r.optimizer.updates},
-        trainer=dataclasses.asdict(progress)
+        "optims": {n: optimizer_state(r.model, r.optimizer) for n, r in roles.items() if r.optimizer.updates},
+        "trainer": dataclasses.asdict(run.progress)
         | {
             "updates": {name: role.optimizer.updates for name, role in roles.items()},
             "data_fingerprint": run.train_data.fingerprint,
             "seed": run.cfg.trainer.seed,
             "batch_size": run.cfg.data.train_batch_size,
         },
-        rng=rng_state(run.world.device),
-        assets={name: _writer_of_assets(run, role.model) for name, role in roles.items()},
-        metrics=progress.last_eval,
-        keep_last=run.cfg.trainer.keep_last,
-        keep_best=run.cfg.trainer.keep_best,
-    )
-    seconds = time.monotonic() - start
-    run.records.event("save", f"saved {path.name} in {seconds:.1f} s", step=progress.step, seconds=seconds)
+        "rng": rng_state(run.world.device),
+        "assets": {name: _writer_of_assets(run, role.model) for name, role in roles.items()},
+        "metrics": dict(run.progress.last_eval),
+        "keep_last": run.cfg.trainer.keep_last,
+        "keep_best": run.cfg.trainer.keep_best,
+    }
 
 
 def restore(run: Run, path: Path) -> None:

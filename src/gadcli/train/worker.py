@@ -15,6 +15,16 @@ from pathlib import Path
 from gadcli.engine.environment import engine_variables
 from gadcli.errors import ExitCode, GadError, PeerError, ResourceError
 
+# How torch's CPU allocator and vLLM say it, who have no class for it.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "No available memory for the cache blocks",
+    "less than desired GPU memory utilization",
+    "larger than the available KV cache memory",
+    "KV cache is needed",
+)
+SAVE_GRACE_S = 5.0  # for a checkpoint that is being written when the run fails
+
 
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="gadcli.train.worker")
@@ -84,6 +94,7 @@ def train(run_dir: Path, resume: bool) -> int:
         raise
     finally:
         WATCHDOG.stop()
+        run.saver.let_finish(SAVE_GRACE_S)
         run.records.end(*ended)
         run.records.status("end", run.progress.step, state="done" if ended[0] == 0 else "failed")
     close_run(run)
@@ -94,13 +105,14 @@ def _as_resource_error(error: BaseException) -> ResourceError | None:
     """Out of memory in any of its spellings, with the knobs that help; None for anything else."""
     import torch
 
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-    if not out_of_memory:
+    text = (str(error).splitlines() or ["python could not allocate"])[0][:200]
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if not known and not any(sign in text for sign in OUT_OF_MEMORY):
         return None
     return ResourceError(
-        f"out of memory: {str(error).splitlines()[0][:200]}",
+        f"out of memory: {text}",
         "actor.micro_batch_tokens=… (halve it), actor.model.gradient_checkpointing=true, "
-        "rollout.gpu_memory_utilization=0.3 or rollout.kv_cache_gb=0.5",
+        "rollout.gpu_memory_utilization (GPUs) or rollout.kv_cache_gb; --dry-run says what fits",
     )
 
 

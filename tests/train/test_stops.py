@@ -1,0 +1,168 @@
+"""What ends a run early, in this process with the real loop: signals in every phase, alarms, want of memory.
+
+Pinned here: a signal that arrives in any phase of a step lets the step end, saves, and the run resumes bit-equal · one
+that asks for a save saves and goes on · health.on_bad=stop saves and ends with 5 · want of memory in any of its
+spellings ends with 6 and names the knob.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.training import manifest_hashes, prepare, records, steps, write_inputs
+from gadcli.config.resolve import load_resolved
+from gadcli.engine.manifest import latest_valid, list_checkpoints
+from gadcli.errors import UnhealthyError
+from gadcli.metrics.health import Alarm
+from gadcli.train import worker
+from gadcli.train.adversarial import train_adversarial
+from gadcli.train.build import build_run, close_run
+from gadcli.train.run import Run
+
+SETTINGS = ["trainer.total_steps=3", "trainer.critic_warmup=0", "trainer.test_freq=1", "trainer.save_freq=1",
+            "data.train_batch_size=2", "rollout.n=2", "data.max_response_length=4", "trainer.device=cpu"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """A run sets signal handlers, variables and a process group."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    handlers, variables = {n: signal.getsignal(n) for n in numbers}, dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def begin(run_dir: Path, inputs: Path, *overrides: str) -> Run:
+    prepare(run_dir, inputs, "gad", *SETTINGS, *overrides)
+    return build_run(load_resolved(run_dir / "config.yaml"), run_dir, resume_from=None)
+
+
+def to_the_end(run: Run) -> None:
+    train_adversarial(run)
+    run.finish()
+    run.records.end(0, "done")
+    close_run(run)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    to_the_end(begin(run_dir, inputs))
+    return run_dir
+
+
+def send_in(run: Run, phase: str, number: int) -> None:
+    """The signal arrives as `phase` begins in step 2."""
+    tell = run.on_phase
+
+    def on_phase(name: str, step: int) -> None:
+        tell(name, step)
+        if (name, step) == (phase, 2):
+            os.kill(os.getpid(), number)
+
+    run.on_phase = on_phase  # type: ignore[method-assign]
+
+
+PHASES = ("sync", "rollout", "critic", "actor", "eval", "save")
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * 2
+
+
+@pytest.mark.parametrize(("phase", "number"), list(zip(PHASES, NUMBERS, strict=True)))
+def test_a_signal_in_any_phase_saves_after_the_step_and_the_rest_is_bit_equal(
+    phase: str, number: signal.Signals, inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run = begin(run_dir, inputs, "trainer.save_freq=1" if phase == "save" else "trainer.save_freq=0")
+    send_in(run, phase, number)
+    to_the_end(run)
+    assert run.stop.number == number and list(steps(run_dir)) == [1, 2]
+    saved = latest_valid(run_dir, pytest.fail)
+    assert saved == run_dir / "global_step_2"
+    to_the_end(build_run(run.cfg, run_dir, resume_from=saved))
+    assert steps(run_dir) == steps(whole)
+    assert manifest_hashes(run_dir, 3) == manifest_hashes(whole, 3)
+
+
+def test_a_request_to_save_saves_that_step_and_goes_on(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = begin(run_dir, inputs, "trainer.save_freq=0")
+    send_in(run, "rollout", signal.SIGUSR1)
+    to_the_end(run)
+    assert run.stop.number == 0 and steps(run_dir) == steps(whole)
+    assert [path.name for path in list_checkpoints(run_dir)] == ["global_step_2", "global_step_3"]
+
+
+def test_a_collapse_with_on_bad_stop_saves_and_ends_with_5(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = begin(run_dir, inputs, "trainer.save_freq=0", "health.on_bad=stop")
+    run.records._tell([Alarm(1, "critic/score_diff", "bad", "scores run away", "critic.loss=final")])
+    train_adversarial(run)
+    with pytest.raises(UnhealthyError, match="scores run away") as stopped:
+        run.finish()
+    assert stopped.value.exit_code == 5 and stopped.value.hint == "critic.loss=final"
+    assert list(steps(run_dir)) == [1] and latest_valid(run_dir, pytest.fail) == run_dir / "global_step_1"
+    assert any(r.get("kind") == "alarm" for r in records(run_dir))
+
+
+def test_the_same_alarm_with_on_bad_warn_is_told_and_the_run_goes_on(inputs: Path, tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", inputs, "trainer.save_freq=0", "trainer.total_steps=2")
+    run.records._tell([Alarm(1, "critic/score_diff", "bad", "scores run away", "critic.loss=final")])
+    to_the_end(run)
+    assert list(steps(tmp_path / "run")) == [1, 2]
+
+
+def too_large() -> None:
+    torch.empty(2**50)  # a petabyte of float32: torch's own message
+
+
+def plain() -> None:
+    raise MemoryError  # python's, which has no text
+
+
+def no_cache() -> None:
+    raise ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when …")
+
+
+def no_share() -> None:
+    raise ValueError("Free memory on device cuda:0 (1.2/79.6 GiB) on startup is less than desired GPU memory …")
+
+
+def cuda() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+
+@pytest.mark.parametrize("fails", [too_large, plain, no_cache, no_share, cuda])
+def test_want_of_memory_ends_with_6_and_names_the_knob(
+    fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "train", lambda run_dir, resume: fails())
+    assert worker.guarded(tmp_path, False) == 6
+    record = json.loads((tmp_path / "logs" / "rank_0.exit.json").read_text())
+    assert record["code"] == 6 and record["message"].startswith("out of memory")
+    assert "micro_batch_tokens" in record["hint"] and "kv_cache_gb" in record["hint"]
+
+
+def test_another_error_of_the_same_kinds_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(run_dir: Path, resume: bool) -> int:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(worker, "train", fails)
+    assert worker.guarded(tmp_path, False) == 1
