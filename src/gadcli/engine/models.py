@@ -139,7 +139,6 @@ def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # old and new log-probs must be the same function of the weights
-    model.config.use_cache = False
     model.requires_grad_(trainable and not cfg.lora.rank)
     if trainable and cfg.lora.rank:
         _add_lora(model, cfg.lora)

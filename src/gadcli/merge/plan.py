@@ -173,13 +173,20 @@ def split_lora(named: dict[str, SourceTensor], lora: LoraInfo | None) -> dict[st
 
 
 def _adapter_only(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """Adapter tensors under the names of a peft adapter file."""
+    """Adapter tensors under the names of a peft adapter file; a critic's head is part of it, being trained whole."""
     picked = {}
     for name, tensor in tensors.items():
-        if ".lora_" in name or ".modules_to_save." in name:
-            plain = name.replace(".default.weight", ".weight").replace(".modules_to_save.default.", ".")
+        if ".lora_" in name or saved_module(name):
+            plain = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
             picked[f"base_model.model.{plain}"] = tensor
     return picked
+
+
+def saved_module(name: str) -> str:
+    """The module of a tensor that was trained whole beside an adapter ("score"), "" for any other tensor."""
+    if ".modules_to_save." in name:
+        return name.split(".modules_to_save.")[0].rsplit(".", 1)[-1]
+    return "score" if name in ("score.weight", "score.bias") else ""
 
 
 def _critic_names(named: dict[str, SourceTensor]) -> None:
