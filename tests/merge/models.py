@@ -18,7 +18,7 @@ def llama_config(**changes: object) -> LlamaConfig:
 
 
 def build(kind: str) -> tuple[nn.Module, tuple[int, int] | None]:
-    """(model, (rank, alpha) of its adapter or None): "untied", "tied", "critic", "bf16", "lora", "peft", "peft-critic"."""
+    """(model, adapter's (rank, alpha)) of "untied", "tied", "critic", "bf16", "lora", "peft", "peft-critic"."""
     torch.manual_seed(7)
     if "critic" in kind:
         model: nn.Module = LlamaForTokenClassification(llama_config(num_labels=1))

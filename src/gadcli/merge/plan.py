@@ -129,7 +129,9 @@ def make_plan(
             _critic_names(named)
             out_config = _critic_config(out_config)
         else:
-            if not out_config.get("architectures"):  # vLLM chooses its model class by it
+            if (
+                not isinstance(out_config.get("architectures"), list) or not out_config["architectures"]
+            ):  # vLLM chooses its model class by it
                 out_config |= _architecture(out_config, "ForCausalLM")
             _drop_tied(named, deltas, out_config, files, notes)
     tensors = [_out(name, tensor, dtype, deltas.get(name)) for name, tensor in named.items()]
@@ -207,7 +209,10 @@ def _critic_config(config: dict[str, Any]) -> dict[str, Any]:
 def _architecture(config: Mapping[str, Any], task: str) -> dict[str, Any]:
     """`architectures` for a task: the family the config names, else the model type's; {} where neither is known."""
     said = config.get("architectures")
-    family = str(said[0]).split("For")[0] if said else _FAMILIES.get(str(config.get("model_type")))
+    if isinstance(said, list) and said and isinstance(said[0], str):
+        family: str | None = said[0].split("For")[0]
+    else:
+        family = _FAMILIES.get(str(config.get("model_type")))
     return {"architectures": [f"{family}{task}"]} if family else {}
 
 
