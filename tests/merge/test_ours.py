@@ -301,7 +301,7 @@ def test_the_command_imports_no_torch(gad_root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_merge_that_is_killed_leaves_no_target(tmp_path: Path, number: int) -> None:
     """Killed at eight moments of a 0.2-GB merge: either the target is whole, or it is not there."""
     from checkpoint.saving import save
@@ -314,7 +314,7 @@ def test_a_merge_that_is_killed_leaves_no_target(tmp_path: Path, number: int) ->
     rewrite_manifest(path)
     out = tmp_path / "out"
     wholes = 0
-    for wait in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.2):
+    for wait in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.2) if number != signal.SIGHUP else (0.4, 0.6):
         code = (
             "import sys; from pathlib import Path; import gadcli.cli.merge as m; m._end_cleanly_on_sigterm();"
             "import gadcli.merge.to_huggingface as t; t.compare = lambda *a: 0; t.expected_shapes = lambda *a, **k: {};"

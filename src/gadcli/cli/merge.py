@@ -133,13 +133,15 @@ def parse_size(text: str) -> int:
 
 
 def _end_cleanly_on_sigterm() -> None:
-    """SIGTERM unwinds like Ctrl-C does, so that the temporary folder goes."""
+    """SIGTERM, and SIGHUP of a closed terminal, unwind like Ctrl-C does, so that the temporary folder goes."""
     import signal
 
     def leave(_signal: int, _frame: Any) -> None:
         raise SystemExit(EXIT_TERMINATED)
 
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, leave)
 
 
 def _say(message: str) -> None:

@@ -129,9 +129,7 @@ def make_plan(
             _critic_names(named)
             out_config = _critic_config(out_config)
         else:
-            if (
-                not isinstance(out_config.get("architectures"), list) or not out_config["architectures"]
-            ):  # vLLM chooses its model class by it
+            if not _said_family(out_config):  # vLLM chooses its model class by it
                 out_config |= _architecture(out_config, "ForCausalLM")
             _drop_tied(named, deltas, out_config, files, notes)
     tensors = [_out(name, tensor, dtype, deltas.get(name)) for name, tensor in named.items()]
@@ -206,13 +204,15 @@ def _critic_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | _architecture(config, "ForTokenClassification") | {"classifier_dropout": 0.0} | labels
 
 
+def _said_family(config: Mapping[str, Any]) -> str:
+    """ "Llama" of architectures ["LlamaForCausalLM"]; "" where there is no such list."""
+    said = config.get("architectures")
+    return said[0].split("For")[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
+
+
 def _architecture(config: Mapping[str, Any], task: str) -> dict[str, Any]:
     """`architectures` for a task: the family the config names, else the model type's; {} where neither is known."""
-    said = config.get("architectures")
-    if isinstance(said, list) and said and isinstance(said[0], str):
-        family: str | None = said[0].split("For")[0]
-    else:
-        family = _FAMILIES.get(str(config.get("model_type")))
+    family = _said_family(config) or _FAMILIES.get(str(config.get("model_type")))
     return {"architectures": [f"{family}{task}"]} if family else {}
 
 
