@@ -70,5 +70,8 @@ def test_a_documented_command_runs(line: str, workplace: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+    if words[0] == "merge":  # the page goes on to serve what it merged
+        served = [line.split()[2] for line in documented() if line.startswith("vllm serve ")]
+        assert served and all((workplace / name / "config.json").is_file() for name in served)
     if "--dry-run" in words:
         assert "plan:" in done.stdout

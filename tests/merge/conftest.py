@@ -23,6 +23,7 @@ VERL_CASES: dict[str, tuple[int, str, int, int, str]] = {
     "fsdp1-w2-critic": (2, "critic", 1, 0, "no"),
     "fsdp2-w2-lora": (2, "lora", 2, 0, "yes"),
     "fsdp1-w2-peft-no-metadata": (2, "peft", 1, 0, "no"),
+    "fsdp2-w2-peft-critic": (2, "peft-critic", 2, 0, "yes"),
 }
 GAD_CASES: dict[str, tuple[int, str]] = {
     "untied-w3": (3, "untied"),

@@ -18,18 +18,23 @@ def llama_config(**changes: object) -> LlamaConfig:
 
 
 def build(kind: str) -> tuple[nn.Module, tuple[int, int] | None]:
-    """(model, (rank, alpha) of its adapter or None) for "untied", "tied", "critic", "bf16", "lora" or "peft"."""
+    """(model, adapter's (rank, alpha)) of "untied", "tied", "critic", "bf16", "lora", "peft", "peft-critic"."""
     torch.manual_seed(7)
-    if kind == "critic":
+    if "critic" in kind:
         model: nn.Module = LlamaForTokenClassification(llama_config(num_labels=1))
     else:
         model = LlamaForCausalLM(llama_config(tie_word_embeddings=kind == "tied"))
     if kind == "bf16":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention looks at positions
         model = model.to(torch.bfloat16)
-    if kind not in ("lora", "peft"):
+    if kind not in ("lora", "peft", "peft-critic"):
         return model, None
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"])
-    if kind == "peft":  # verl wraps the whole model, so that keys start with base_model.model.
+    # TOKEN_CLS makes peft keep two heads: the base's, and under modules_to_save the one that is trained
+    task = "TOKEN_CLS" if kind == "peft-critic" else None
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], task_type=task)
+    if kind != "lora":  # verl wraps the whole model, so that keys start with base_model.model.
         from peft import get_peft_model
 
         model = get_peft_model(model, lora)
@@ -37,7 +42,9 @@ def build(kind: str) -> tuple[nn.Module, tuple[int, int] | None]:
         inject_adapter_in_model(lora, model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at the start: a fused adapter would change nothing
+            if (
+                "lora_B" in name or "score.modules_to_save" in name
+            ):  # zero at the start: a fused adapter would change nothing
                 parameter.normal_(std=0.3)
             if "lora_" in name:
                 parameter.data = parameter.data.float()

@@ -6,8 +6,10 @@ index, model card and lineage, logits, dry run, row 37 (target exists, disk too 
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint.saving import snapshot
+from gadcli.cli.merge import ProgressLine
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
 from gadcli.merge.pick import models_in
 from gadcli.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
@@ -227,6 +230,10 @@ def test_the_command_and_verls_old_flags_do_the_same(gad_root: Path, tmp_path: P
     done = subprocess.run(old, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["models"][0]["tensors"] == 21
+    # `python -m verl.model_merger merge …` with only the program's name exchanged
+    words = gad("merge", "merge", "--backend", "fsdp", "--local_dir", folder, "--target_dir", tmp_path / "older")
+    assert subprocess.run(words, env=ENV, capture_output=True, check=False).returncode == 0
+    assert snapshot(tmp_path / "older") == snapshot(tmp_path / "new")
     one, two = snapshot(tmp_path / "new"), snapshot(tmp_path / "old")
     assert {n: b for n, b in one.items() if n.endswith(".safetensors")} == {
         n: b for n, b in two.items() if n.endswith(".safetensors")
@@ -241,6 +248,7 @@ def test_the_command_and_verls_old_flags_do_the_same(gad_root: Path, tmp_path: P
         (["--dtype", "int8"], 2),
         (["--keep-adapter"], 2),
         (["--local_dir", "x"], 2),
+        (["--keep-adapter", "--probe"], 2),
     ],
 )
 def test_wrong_options_end_with_exit_2(gad_root: Path, tmp_path: Path, words: list[str], code: int) -> None:
@@ -248,6 +256,38 @@ def test_wrong_options_end_with_exit_2(gad_root: Path, tmp_path: Path, words: li
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == code and done.stderr.startswith("error: "), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_cannot_be_made_is_a_usage_error(gad_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        to_huggingface(folder_of(gad_root, "untied-w3"), tmp_path / "file" / "out")
+    assert snapshot(tmp_path) == {"file": b"mine"}
+
+
+def test_a_folder_that_is_merged_already_says_so(gad_root: Path, tmp_path: Path) -> None:
+    to_huggingface(folder_of(gad_root, "untied-w3"), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="already"):
+        models_in(tmp_path / "out", lambda _: None)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_tells_bytes_and_time_left(terminal: bool) -> None:
+    """Redrawn on a terminal; in a log whole lines, and only every so often."""
+
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Stream()
+    line = ProgressLine(stream, enabled=True, log_seconds=0.05)
+    for done in (10, 20, 30):
+        time.sleep(0.03)
+        line("write", done * 10**6, 40 * 10**6)
+    line.close()
+    said = stream.getvalue()
+    assert re.search(r"write  \d\d %  \d+\.0 MB of 40\.0 MB  [\d.]+ [kMGT]?B/s  \d+ s left", said), said
+    assert ("\r" in said) == terminal and said.count("\n") == (0 if terminal else 1)
 
 
 def test_the_command_imports_no_torch(gad_root: Path, tmp_path: Path) -> None:
@@ -261,7 +301,7 @@ def test_the_command_imports_no_torch(gad_root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_merge_that_is_killed_leaves_no_target(tmp_path: Path, number: int) -> None:
     """Killed at eight moments of a 0.2-GB merge: either the target is whole, or it is not there."""
     from checkpoint.saving import save
@@ -274,7 +314,7 @@ def test_a_merge_that_is_killed_leaves_no_target(tmp_path: Path, number: int) ->
     rewrite_manifest(path)
     out = tmp_path / "out"
     wholes = 0
-    for wait in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.2):
+    for wait in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.2) if number != signal.SIGHUP else (0.4, 0.6):
         code = (
             "import sys; from pathlib import Path; import gadcli.cli.merge as m; m._end_cleanly_on_sigterm();"
             "import gadcli.merge.to_huggingface as t; t.compare = lambda *a: 0; t.expected_shapes = lambda *a, **k: {};"

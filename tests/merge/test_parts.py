@@ -13,6 +13,7 @@ from gadcli.engine.safe_load import Strided, TorchZip
 from gadcli.errors import CheckpointError, ConfigError
 from gadcli.merge.cast import convert
 from gadcli.merge.expected import compare, expected_shapes
+from gadcli.merge.source import LoraInfo
 from gadcli.merge.tensors import Files, Part, SourceTensor, read_whole, same_bytes, whole
 
 
@@ -79,6 +80,21 @@ def test_expected_names_equal_transformers_meta_model(kind: str, more: dict, cri
     compare(want, want)
     with pytest.raises(CheckpointError, match="1 missing"):
         compare({n: s for n, s in want.items() if n != "model.norm.weight"}, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("value", [0, -1, "many", True, 10**9, 2.0])
+def test_a_config_whose_sizes_are_none_is_an_error_and_no_hang(family: str, value: object) -> None:
+    sizes = dict(hidden_size=32, intermediate_size=40, num_attention_heads=4, vocab_size=50, num_hidden_layers=value)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is"):
+        expected_shapes({"model_type": family, **sizes}, critic=False)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_no_number_is_refused(alpha: float) -> None:
+    """JSON takes NaN and 1e999; fused, they would be the whole model."""
+    with pytest.raises(CheckpointError, match="alpha is"):
+        LoraInfo(alpha, 4)
 
 
 def test_another_family_is_asked_of_transformers() -> None:

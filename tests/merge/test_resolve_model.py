@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,22 @@ def test_a_verl_folder_a_step_and_a_run_are_read(verl_root: Path, tmp_path: Path
     shutil.copytree(verl_root / "fsdp1-w2", run)
     (run / "latest_checkpointed_iteration.txt").write_text("5")
     assert (resolve_model(str(run), say=lambda _: None) / "config.json").is_file()
+
+
+def test_an_adapter_that_lacks_something_is_sent_to_gad_merge(verl_root: Path) -> None:
+    """--lora-alpha is a flag of `gad merge`; whoever named the checkpoint with --model has no such flag."""
+    with pytest.raises(CheckpointError, match="alpha is not recorded") as caught:
+        resolve_model(str(verl_root / "fsdp1-w2-peft-no-metadata/global_step_5/actor"), say=lambda _: None)
+    assert re.search(r"gad merge \S+ -o DIR, with --lora-alpha", caught.value.hint or "")
+
+
+def test_what_a_killed_conversion_left_is_cleared(gad_root: Path, cache: Path) -> None:
+    path = str(gad_root / "untied-w3/global_step_3/actor")
+    made = resolve_model(path, say=lambda _: None)
+    left = made.with_name(f".{made.name}.tmp-elsewhere-77")
+    shutil.move(made, left)
+    assert resolve_model(path, say=lambda _: None) == made
+    assert not left.exists() and (made / "config.json").is_file()
 
 
 def test_two_processes_that_ask_at_once_share_one_conversion(gad_root: Path, cache: Path) -> None:

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from gadcli.errors import CheckpointError
+from gadcli.merge.pick import models_in
 from gadcli.merge.to_huggingface import MergeOptions, to_huggingface
 from gadcli.merge.verl import read_verl
 from merge.conftest import VERL_CASES
-from merge.models import ALPHA, RANK
+from merge.models import ALPHA, RANK, build
 
-PLAIN = [name for name, case in VERL_CASES.items() if case[1] not in ("lora", "peft")]
+PLAIN = [name for name, case in VERL_CASES.items() if case[1] not in ("lora", "peft", "peft-critic")]
 
 
 def folder_of(root: Path, case: str) -> Path:
@@ -121,6 +122,38 @@ def test_lora_is_fused_into_its_base(verl_root: Path, tmp_path: Path, case: str)
         torch.testing.assert_close(tensor, want, rtol=0, atol=1e-6)
         fused += 1
     assert fused == 4  # q_proj and down_proj of two layers
+
+
+def test_a_critics_adapter_keeps_its_head_fused_or_apart(verl_root: Path, tmp_path: Path) -> None:
+    """peft loads base + adapter + head to the scores that the fused critic gives."""
+    from peft import PeftModel
+    from transformers import LlamaForTokenClassification
+
+    folder = folder_of(verl_root, "fsdp2-w2-peft-critic")
+    base, _ = build("critic")  # the same seed: what the adapter was put on
+    base.save_pretrained(tmp_path / "base")
+    options = MergeOptions(keep_adapter=True, base=tmp_path / "base", base_name=str(tmp_path / "base"))
+    to_huggingface(folder, tmp_path / "adapter", options)
+    to_huggingface(folder, tmp_path / "fused", MergeOptions(probe=True))
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (said["task_type"], said["modules_to_save"]) == ("TOKEN_CLS", ["score"])
+    whole = load_file(folder / "whole.safetensors")
+    trained = whole["base_model.model.score.modules_to_save.default.weight"]
+    assert torch.equal(load_file(tmp_path / "fused/model.safetensors")["score.weight"], trained)
+    ids = torch.arange(20).view(1, 20)
+    plain = LlamaForTokenClassification.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        before = plain(ids).logits
+        fused = LlamaForTokenClassification.from_pretrained(tmp_path / "fused")(ids).logits
+        apart = PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits
+    torch.testing.assert_close(apart, fused, rtol=0, atol=1e-5)
+    assert (before - fused).abs().max() > 1e-2  # without the adapter and its head the scores are others
+
+
+def test_a_verl_run_without_its_marker_is_asked_for_a_step(verl_root: Path) -> None:
+    with pytest.raises(CheckpointError, match="latest_checkpointed_iteration") as caught:
+        models_in(verl_root / "fsdp1-w2", lambda _: None)
+    assert str(verl_root / "fsdp1-w2/global_step_5") in (caught.value.hint or "")
 
 
 def test_lora_without_its_alpha_is_an_error_that_says_how(verl_root: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ _DTYPES = {
     "half": "float16",
 }
 EXIT_TERMINATED = 143
+LOG_SECONDS = 15.0  # between lines of progress where stderr is a file
 
 
 def main(
@@ -71,6 +72,8 @@ def main(
 
     if backend not in (None, "fsdp"):
         raise ConfigError(f"--backend {backend}: only fsdp checkpoints are read", "use verl's own merger for megatron")
+    if checkpoint == Path("merge") and local_dir is not None:
+        checkpoint = None  # `python -m verl.model_merger merge --backend fsdp …` with the program alone exchanged
     source, target = _one("CHECKPOINT", checkpoint, local_dir), _one("-o DIR", out, target_dir)
     _end_cleanly_on_sigterm()
     from gadcli.merge.to_huggingface import MergeOptions
@@ -130,13 +133,15 @@ def parse_size(text: str) -> int:
 
 
 def _end_cleanly_on_sigterm() -> None:
-    """SIGTERM unwinds like Ctrl-C does, so that the temporary folder goes."""
+    """SIGTERM, and SIGHUP of a closed terminal, unwind like Ctrl-C does, so that the temporary folder goes."""
     import signal
 
     def leave(_signal: int, _frame: Any) -> None:
         raise SystemExit(EXIT_TERMINATED)
 
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, leave)
 
 
 def _say(message: str) -> None:
@@ -144,20 +149,23 @@ def _say(message: str) -> None:
 
 
 class ProgressLine:
-    """One line on a terminal, redrawn: phase, share, bytes, speed, time left. Silent where there is no terminal."""
+    """Phase, share, bytes, speed, time left: one line on a terminal, redrawn; elsewhere (a job's log) a line now and
+    then, none for a short merge."""
 
-    def __init__(self, stream: Any, *, enabled: bool) -> None:
-        self._stream = stream
-        self._enabled = enabled and stream.isatty()
-        self._phase, self._started, self._drawn = "", 0.0, 0.0
+    def __init__(self, stream: Any, *, enabled: bool, log_seconds: float = LOG_SECONDS) -> None:
+        self._stream, self._enabled = stream, enabled
+        self._terminal = stream.isatty()
+        self._every = 0.1 if self._terminal else log_seconds
+        self._phase, self._started, self._drawn = "", 0.0, time.monotonic()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if not self._enabled:
             return
         now = time.monotonic()
         if phase != self._phase:
-            self._phase, self._started, self._drawn = phase, now, 0.0
-        if now - self._drawn < 0.1 and done < total:
+            self._phase, self._started = phase, now
+            self._drawn = 0.0 if self._terminal else self._drawn
+        if now - self._drawn < self._every and (done < total or not self._terminal):
             return
         from gadcli.engine.manifest import human_bytes
 
@@ -167,12 +175,12 @@ class ProgressLine:
         share = 100 * done // max(total, 1)
         sizes = f"{human_bytes(done)} of {human_bytes(total)}  {human_bytes(int(speed))}/s"
         text = f"{phase} {share:3d} %  {sizes}  {left:.0f} s left"
-        self._stream.write(f"\r\x1b[K{text}")
+        self._stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
         self._stream.flush()
 
     def close(self) -> None:
         """Removes the line."""
-        if self._enabled and self._phase:
+        if self._enabled and self._terminal and self._phase:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
 

@@ -135,7 +135,6 @@ def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
             module.p = 0.0  # old and new log-probs must be the same function of the weights
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    model.config.use_cache = False
     model.requires_grad_(trainable and not cfg.lora.rank)
     if trainable and cfg.lora.rank:
         _add_lora(model, cfg.lora)

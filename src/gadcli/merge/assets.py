@@ -67,7 +67,8 @@ def write_text(target: Path, text: str) -> None:
 def model_card(lineage: Mapping[str, Any], config: Mapping[str, Any], nbytes: int, *, critic: bool) -> str:
     """README.md: what this is, where it came from, how to load it."""
     kind = "discriminator (a scalar score for every token)" if critic else "student"
-    architecture = (config.get("architectures") or ["?"])[0]
+    said = config.get("architectures")
+    architecture = said[0] if isinstance(said, list) and said else "?"
     loader = "AutoModelForTokenClassification" if critic else "AutoModelForCausalLM"
     rows = [
         ("architecture", architecture),

@@ -12,11 +12,23 @@ from typing import Any
 from gadcli.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
+_SIZES = dict.fromkeys(
+    ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"), 2**31
+) | {"num_hidden_layers": 10_000}
+_OWN_CONFIG = "put the model's own config.json into huggingface/ beside the shards"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def expected_shapes(config: Mapping[str, Any], *, critic: bool) -> Shapes:
-    """Name -> shape of every tensor the output must hold; the tied head is left out."""
+    """Name -> shape of every tensor the output must hold; the tied head is left out.
+
+    CheckpointError for a config whose sizes are none.
+    """
+    for key in _SIZES:
+        size = config.get(key)
+        # a foreign config is not believed: 10^9 layers would be listed until memory is gone
+        if size is not None and (type(size) is not int or not 0 < size <= _SIZES[key]):
+            raise CheckpointError(f"config.json: {key} is {str(size)[:40]!r}", _OWN_CONFIG)
     if config.get("model_type") in FAMILIES:
         return _decoder(config, critic)
     return _from_transformers(config, critic)
@@ -31,9 +43,7 @@ def _decoder(config: Mapping[str, Any], critic: bool) -> Shapes:
         default = 128 if kind == "qwen3" else hidden // heads
         head_dim = config.get("head_dim") or default
     except KeyError as error:
-        raise CheckpointError(
-            f"config.json has no {error.args[0]}", "give the model's own config with --base"
-        ) from error
+        raise CheckpointError(f"config.json has no {error.args[0]}", _OWN_CONFIG) from error
     attention_bias = bool(config.get("attention_bias", False)) and kind != "mistral"
     qkv_bias = kind == "qwen2" or attention_bias
     out_bias = attention_bias and kind != "qwen2"
@@ -99,5 +109,5 @@ def compare(found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:
     if parts:
         raise CheckpointError(
             f"the tensors do not fit the config: {', '.join(parts)}",
-            "is --base the model this was trained from? --no-verify writes it anyway",
+            f"{_OWN_CONFIG}; --no-verify writes it anyway",
         )

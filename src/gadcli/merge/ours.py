@@ -43,8 +43,11 @@ def read_ours(folder: Path, *, trust: bool = False) -> Source:
     tensors = _tensors(folder, index)
     assets = folder / "huggingface"
     source = Source(folder, "gad", tensors, assets if assets.is_dir() else None, lineage, integrity=integrity)
+    run = _run_settings(folder)
+    if run.get("path"):
+        lineage["base"] = str(run["path"])
     if source.has_lora:
-        source.lora = _lora_info(folder)
+        source.lora = _lora_info(folder, run)
     return source
 
 
@@ -78,28 +81,35 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: {error.strerror}", "a rank's shard is missing: copy it again") from error
 
 
-def _lora_info(folder: Path) -> LoraInfo | None:
-    """Alpha and rank of the adapter: from its saved adapter_config.json, else from the run's config.yaml."""
+def _run_settings(folder: Path) -> dict[str, Any]:
+    """The model's section of the run's config.yaml; {} where a checkpoint lies without its run."""
+    config = folder.parent.parent / "config.yaml"
+    if not config.is_file():
+        return {}
+    import yaml
+
+    try:
+        return dict(yaml.safe_load(config.read_text())[folder.name]["model"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
+        return {}
+
+
+def _lora_info(folder: Path, run: dict[str, Any]) -> LoraInfo | None:
+    """Alpha and rank of the adapter: from its saved adapter_config.json, else from the run's settings."""
     saved = folder / "huggingface" / "adapter_config.json"
     if saved.is_file():
         return lora_from_peft(saved)
-    config = folder.parent.parent / "config.yaml"
-    if config.is_file():
-        import yaml
-
-        try:
-            lora = yaml.safe_load(config.read_text())[folder.name]["model"]["lora"]
-            return LoraInfo(float(lora["alpha"]), int(lora["rank"]))
-        except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{config}: no {folder.name}.model.lora: {error}", "--lora-alpha A") from error
-    return None
+    try:
+        return LoraInfo(float(run["lora"]["alpha"]), int(run["lora"]["rank"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def lora_from_peft(path: Path) -> LoraInfo:
     """The scale in a peft adapter_config.json; CheckpointError for variants that are not plain LoRA."""
     config = read_json(path)
-    odd = [k for k in ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "layer_replication",
-                       "modules_to_save") if config.get(k)]  # fmt: skip
+    odd = [k for k in ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "layer_replication")
+           if config.get(k)]  # fmt: skip
     if odd:
         raise CheckpointError(f"{path}: {', '.join(odd)} is not supported", "merge it with peft itself")
     try:

@@ -34,7 +34,15 @@ def models_in(path: Path, say: Callable[[str], None]) -> dict[str, Path]:
     marker = path / "latest_checkpointed_iteration.txt"
     if marker.is_file() and marker.read_text().strip().isdigit():
         return models_in(path / f"global_step_{marker.read_text().strip()}", say)
-    newest = latest_valid(path, say)
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path}: a Hugging Face model already: nothing to merge", "use it as it is")
+    foreign = [p for p in path.glob("global_step_*") if (p / "actor").is_dir() and is_verl(p / "actor")]
+    if foreign:
+        raise CheckpointError(
+            f"{path}: no latest_checkpointed_iteration.txt says which of verl's steps is whole",
+            f"name one yourself: {max(foreign, key=lambda p: step_of(p) or 0)}",
+        )
+    newest = latest_valid(path, say, deep=False)  # the merge itself checks every byte it reads
     if newest is None:
         raise CheckpointError(f"{path}: holds no finished checkpoint", "name a run, or a global_step_N/actor folder")
     say(f"using {newest}")

@@ -129,7 +129,7 @@ def make_plan(
             _critic_names(named)
             out_config = _critic_config(out_config)
         else:
-            if not out_config.get("architectures"):  # vLLM chooses its model class by it
+            if not _said_family(out_config):  # vLLM chooses its model class by it
                 out_config |= _architecture(out_config, "ForCausalLM")
             _drop_tied(named, deltas, out_config, files, notes)
     tensors = [_out(name, tensor, dtype, deltas.get(name)) for name, tensor in named.items()]
@@ -173,13 +173,20 @@ def split_lora(named: dict[str, SourceTensor], lora: LoraInfo | None) -> dict[st
 
 
 def _adapter_only(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """Adapter tensors under the names of a peft adapter file."""
+    """Adapter tensors under the names of a peft adapter file; a critic's head is part of it, being trained whole."""
     picked = {}
     for name, tensor in tensors.items():
-        if ".lora_" in name or ".modules_to_save." in name:
-            plain = name.replace(".default.weight", ".weight").replace(".modules_to_save.default.", ".")
+        if ".lora_" in name or saved_module(name):
+            plain = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
             picked[f"base_model.model.{plain}"] = tensor
     return picked
+
+
+def saved_module(name: str) -> str:
+    """The module of a tensor that was trained whole beside an adapter ("score"), "" for any other tensor."""
+    if ".modules_to_save." in name:
+        return name.split(".modules_to_save.")[0].rsplit(".", 1)[-1]
+    return "score" if name in ("score.weight", "score.bias") else ""
 
 
 def _critic_names(named: dict[str, SourceTensor]) -> None:
@@ -197,10 +204,15 @@ def _critic_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | _architecture(config, "ForTokenClassification") | {"classifier_dropout": 0.0} | labels
 
 
+def _said_family(config: Mapping[str, Any]) -> str:
+    """ "Llama" of architectures ["LlamaForCausalLM"]; "" where there is no such list."""
+    said = config.get("architectures")
+    return said[0].split("For")[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
+
+
 def _architecture(config: Mapping[str, Any], task: str) -> dict[str, Any]:
     """`architectures` for a task: the family the config names, else the model type's; {} where neither is known."""
-    said = config.get("architectures")
-    family = str(said[0]).split("For")[0] if said else _FAMILIES.get(str(config.get("model_type")))
+    family = _said_family(config) or _FAMILIES.get(str(config.get("model_type")))
     return {"architectures": [f"{family}{task}"]} if family else {}
 
 

@@ -25,7 +25,8 @@ def probe(source: Source, plan: MergePlan, folder: Path, files: Files) -> str:
     wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if wrong:
         raise CheckpointError(f"{source.folder}: transformers loads the result with {wrong}", "is --base right?")
-    direct = auto.from_config(loaded.config)
+    # made in the loaded dtype, not cast to it: rotary frequencies stay float32 in both
+    direct = auto.from_config(loaded.config, dtype=loaded.dtype)
     state = {}
     for tensor in plan.tensors:
         data = bytearray(b"".join(bytes(piece) for piece in produce(files, tensor)))
@@ -37,7 +38,6 @@ def probe(source: Source, plan: MergePlan, folder: Path, files: Files) -> str:
     if set(left.missing_keys) - tied or left.unexpected_keys:
         raise CheckpointError(f"{source.folder}: keys {left} do not fit the config", "is --base right?")
     direct.tie_weights()
-    direct = direct.to(loaded.dtype)
     ids = torch.arange(PROBE_TOKENS).remainder(loaded.config.vocab_size).unsqueeze(0)
     with torch.no_grad():
         a, b = loaded.eval()(ids).logits, direct.eval()(ids).logits

@@ -7,6 +7,7 @@ folder under a lock and renamed, so that ranks and runs that ask at once share o
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 from gadcli.config.machine import cache_folder
 from gadcli.data.smollm import embedded_or
 from gadcli.engine.manifest import MANIFEST, latest_valid, read_manifest, step_of
-from gadcli.errors import CheckpointError, ConfigError
+from gadcli.errors import CheckpointError, ConfigError, ResourceError
 from gadcli.merge.hf_folder import check_folder, read_json
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
@@ -66,7 +67,7 @@ def _from_folder(folder: Path, role: str, say: Say) -> Path:
         return folder
     if step_of(folder) is not None or (folder / "latest_checkpointed_iteration.txt").is_file():
         return _merged(_verl_model(folder, role), say)
-    newest = latest_valid(folder, say)
+    newest = latest_valid(folder, say, deep=False)  # the merge checks the model's bytes; the optimiser's are not read
     if newest is None:
         raise ConfigError(f"{folder}: no config.json and no checkpoint in it", "--model takes a model's folder")
     say(f"{folder.name}: using {newest.name}/{role}")
@@ -151,6 +152,8 @@ def _converted(name: str, convert: Callable[[Path], None], say: Say, what: str) 
     with _locked(target.with_name(target.name + ".lock")):
         if not (target / "config.json").is_file():
             say(f"converting {what} (once) into {target}")
+            for left in target.parent.glob(f".{glob.escape(name)}.tmp-*"):  # of a conversion that was killed
+                shutil.rmtree(left, ignore_errors=True)
             convert(target)
     check_folder(target)
     return target
@@ -162,11 +165,17 @@ def _merged(folder: Path, say: Say) -> Path:
     step = step_of(folder.parent)
     label = "-".join([*([folder.parent.parent.name] if step is not None else []), *([f"step{step}"] if step else [])])
     name = f"{_plain(label or folder.parent.name)}-{_plain(folder.name)}-{_folder_key(folder)}"
-    return _converted(name, lambda target: void(to_huggingface(folder, target)), say, str(folder))
 
+    def convert(target: Path) -> None:
+        try:
+            to_huggingface(folder, target)
+        except CheckpointError as error:
+            if not (error.hint or "").startswith("--"):  # a flag of `gad merge`, which the caller has not
+                raise
+            hint = f"first: gad merge {folder} -o DIR, with {error.hint}; then name DIR"
+            raise CheckpointError(error.message, hint) from error
 
-def void(_: object) -> None:
-    """Drops a result."""
+    return _converted(name, convert, say, str(folder))
 
 
 def _plain(text: str) -> str:
@@ -184,6 +193,8 @@ def _from_gguf(file: Path, say: Say) -> Path:
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode != 0 or not (temporary / "config.json").is_file():
+                if "No space left on device" in done.stdout:
+                    raise ResourceError(f"{target}: disk full while converting {file.name}", "GAD_CACHE=another disk")
                 last = (done.stdout.strip().splitlines() or ["no output"])[-1]
                 raise CheckpointError(f"{file}: not converted: {last[:200]}", "is it a whole .gguf of a known model?")
             read_json(temporary / "config.json")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gadcli.errors import CheckpointError
 from gadcli.merge.tensors import SourceTensor
 
 
@@ -18,6 +20,10 @@ class LoraInfo:
     rank: int | None = None
     rslora: bool = False
     task_type: str = ""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.alpha):
+            raise CheckpointError(f"LoRA's alpha is {self.alpha}: every weight would be lost", "--lora-alpha A")
 
     def scale(self, rank: int) -> float:
         return float(self.alpha / (rank**0.5 if self.rslora else rank))

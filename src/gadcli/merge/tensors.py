@@ -91,7 +91,7 @@ def whole(name: str, at: Strided) -> SourceTensor:
 
 @dataclass
 class Files:
-    """Read-only descriptors shared by the threads of one merge; links are not followed."""
+    """Read-only descriptors shared by the threads of one merge."""
 
     _open: dict[Path, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import threading
@@ -20,7 +21,7 @@ from gadcli.merge.base import base_tensors
 from gadcli.merge.expected import compare, expected_shapes
 from gadcli.merge.hf_folder import INDEX
 from gadcli.merge.ours import read_ours
-from gadcli.merge.plan import FLOATS, MergePlan, make_plan
+from gadcli.merge.plan import FLOATS, MergePlan, make_plan, saved_module
 from gadcli.merge.source import LoraInfo, Source
 from gadcli.merge.tensors import Files, check_storage, unchecked_storages
 from gadcli.merge.verl import is_verl, read_verl
@@ -28,6 +29,7 @@ from gadcli.merge.write import Stopped, Written, run_all, sync_and_check, write_
 
 DEFAULT_SHARD = 5_000_000_000
 _SLACK = 32 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # progress(phase, done bytes, total bytes)
 Progress = Callable[[str, int, int], None]
@@ -95,6 +97,8 @@ def to_huggingface(
     options = options or MergeOptions()
     if options.dtype not in (None, *FLOATS):
         raise ConfigError(f"--dtype {options.dtype}: not a floating dtype", f"one of: {', '.join(FLOATS)}")
+    if options.probe and options.keep_adapter:
+        raise ConfigError("--probe compares a fused model: there is none with --keep-adapter", "leave one of them out")
     if options.max_shard_bytes < 1:
         raise ConfigError("--max-shard-size must be at least a byte", "--max-shard-size 5GB")
     _refuse_existing(out)
@@ -181,7 +185,7 @@ def _side_files(
 ) -> dict[str, str | Path]:
     """Name -> text to write or file to copy, for everything but the weights."""
     lineage = dict(source.lineage)
-    base = options.base_name or str(plan.config.get("_name_or_path") or "")
+    base = options.base_name or str(plan.config.get("_name_or_path") or lineage.get("base") or "")
     if base:
         lineage["base"] = base
     if source.has_lora:
@@ -216,9 +220,7 @@ def _adapter_config(source: Source, plan: MergePlan, lineage: dict[str, Any], ba
     if len(ranks) != 1:
         raise CheckpointError(f"{source.folder}: adapters of ranks {sorted(ranks)}: not supported", "fuse it instead")
     modules = sorted({n.split(".lora_")[0].rsplit(".", 1)[-1] for n in source.tensors if ".lora_A." in n})
-    saved = sorted(
-        {n.split(".modules_to_save.")[0].rsplit(".", 1)[-1] for n in source.tensors if ".modules_to_save." in n}
-    )
+    saved = sorted({saved_module(n) for n in source.tensors} - {""})
     return assets.adapter_config(lineage, base, ranks.pop(), lora.alpha, modules, critic=plan.critic,
                                  rslora=lora.rslora, saved=saved)  # fmt: skip
 
@@ -226,13 +228,20 @@ def _adapter_config(source: Source, plan: MergePlan, lineage: dict[str, Any], ba
 @contextmanager
 def _temporary(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, gone again unless it was renamed; leftovers of killed merges are removed too."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.tmp-*"):
-        pid = left.name.rsplit("-", 1)[-1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    folder = out.parent / f".{out.name}.tmp-{os.getpid()}"
-    folder.mkdir()
+    # The host is part of the name: on a shared disk another machine's process ids say nothing here.
+    stem = f".{out.name}.tmp-{os.uname().nodename}-"
+    folder = out.parent / f"{stem}{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f"{glob.escape(stem)}*"):
+            pid = left.name.removeprefix(stem)
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        folder.mkdir()
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise ConfigError(f"{out}: cannot be made: {error.strerror}", "another -o DIR") from error
     try:
         yield folder
     finally:
@@ -323,7 +332,7 @@ def _disk_errors(out: Path, need: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
             raise
         free = shutil.disk_usage(_existing_parent(out)).free
         raise ResourceError(

@@ -70,7 +70,7 @@ def _state_of(run: Run) -> dict[str, Any]:
             "batch_size": run.cfg.data.train_batch_size,
         },
         "rng": rng_state(run.world.device),
-        "assets": {name: _writer_of_assets(run, role.model) for name, role in roles.items()},
+        "assets": {name: _writer_of_assets(run, name, role.model) for name, role in roles.items()},
         "metrics": dict(run.progress.last_eval),
         "keep_last": run.cfg.trainer.keep_last,
         "keep_best": run.cfg.trainer.keep_best,
@@ -101,12 +101,16 @@ def _roles(run: Run) -> dict[str, Any]:
     return {"actor": run.actor} | ({"critic": run.maybe_critic} if run.maybe_critic is not None else {})
 
 
-def _writer_of_assets(run: Run, model: Any) -> Any:
+def _writer_of_assets(run: Run, name: str, model: Any) -> Any:
     def write(folder: Path) -> None:
         model.config.save_pretrained(folder)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)
+        adapters = getattr(model, "peft_config", None)
+        if adapters:  # alpha and the base's name: a merge then needs nothing but the checkpoint itself
+            base = getattr(run.cfg, name).model.path
+            dataclasses.replace(adapters["default"], base_model_name_or_path=base).save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
 
     return write
