@@ -19,7 +19,8 @@ from engine.training import environment, prepare, train
 from tiny import write_tiny_data, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = [ROOT / "README.md"]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+DOCS = [page for page in PAGES if page.name != "cli.md"]  # that one is made from the commands themselves
 PLAN_ONLY = ("train", "run")  # subcommands that would train
 ELSEWHERE = ("make", "pip", "vllm", "srun")  # what other tests or no test can run
 
@@ -48,6 +49,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs" / "mine").mkdir()
     shutil.copytree(run, folder / "runs" / "mine" / "gad")
     return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
 
 
 def test_every_command_is_known_to_this_test() -> None:
