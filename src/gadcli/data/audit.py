@@ -192,12 +192,12 @@ def masks(patterns: list[str], spec: CheckSpec, n: int) -> Iterator[tuple[list[s
     backend = spec.tokenizer.backend
     for batch in scan_rows(open_files(patterns, spec.keys, summary), spec.keys, summary, most_rows=64):
         tokens = tokenise(spec.tokenizer, batch, spec.keys)
-        for prompt, answer in zip(tokens.prompts, tokens.answers, strict=True):
+        for j, answer in enumerate(tokens.answers):
             if n <= 0:
                 return
             n -= 1
             ids = [*answer.ids, spec.tokenizer.eos_id]
-            yield _pieces(backend, prompt.ids), _pieces(backend, ids)
+            yield _pieces(backend, tokens.prompts.ids(j)), _pieces(backend, ids)
 
 
 def _pieces(backend: Any, ids: list[int]) -> list[str]:

@@ -312,7 +312,7 @@ class _Builder:
         conversations, teachers = batch.conversations(tokens.rows), batch.teacher_texts(tokens.rows)
         pieces: list[list[int]] = []
         for j in range(n):
-            prompt = self.cut(tokens.prompts[j].ids, self.limits.max_prompt)
+            prompt = self.cut(tokens.prompts.ids(j), self.limits.max_prompt)
             answer = self.cut([*tokens.answers[j].ids, self.tokenizer.eos_id], self.limits.max_response)
             messages = json.dumps(conversations[j], ensure_ascii=False)
             data = f"[{messages}, {json.dumps(teachers[j], ensure_ascii=False)}]".encode()

@@ -14,10 +14,12 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 from tokenizers import Encoding
 
+from gadcli.data.arrays import truths
 from gadcli.data.files import FileInfo, expand, inspect
 from gadcli.data.findings import Finding, Summary, excerpt, printable
 from gadcli.data.reading import CHUNK_ROWS, read_chunks
 from gadcli.data.rows import RowBatch, normalise
+from gadcli.data.segments import EncodedPrompts, Plan
 from gadcli.data.template import TemplateRefusal
 from gadcli.data.tokenize import ChatTokenizer
 from gadcli.errors import DataError
@@ -45,7 +47,7 @@ class TokenBatch:
 
     batch: RowBatch
     rows: Ints
-    prompts: list[Encoding]
+    prompts: EncodedPrompts
     answers: list[Encoding]
     prompt_lengths: Ints
     answer_lengths: Ints
@@ -57,7 +59,7 @@ class TokenBatch:
         return TokenBatch(
             self.batch,
             self.rows[mask],
-            [self.prompts[i] for i in kept],
+            self.prompts.keep(kept),
             [self.answers[i] for i in kept],
             self.prompt_lengths[mask],
             self.answer_lengths[mask],
@@ -117,11 +119,15 @@ def account(batch: RowBatch, summary: Summary) -> None:
 def tokenise(tokenizer: ChatTokenizer, batch: RowBatch, keys: tuple[str, str]) -> TokenBatch:
     """Template and tokenizer over a batch's good rows; flags what the template refuses and EOS-only answers (5)."""
     good = batch.good()
-    texts: list[str] = []
+    encoder = tokenizer.prompts
+    plans: list[Plan] = []
+    texts: list[list[str]] = []
     refused: dict[int, str] = {}
-    for i, messages in zip(good.tolist(), batch.conversations(good), strict=True):
+    for i, (roles, contents) in zip(good.tolist(), batch.turns(good), strict=True):
         try:
-            texts.append(tokenizer.prompt_text(messages))
+            plan = encoder.plan(roles)
+            texts.append(encoder.texts(plan, roles, contents))
+            plans.append(plan)
         except TemplateRefusal as error:
             refused[i] = printable(str(error))
     if refused:
@@ -129,24 +135,25 @@ def tokenise(tokenizer: ChatTokenizer, batch: RowBatch, keys: tuple[str, str]) -
         mask[list(refused)] = True
         batch.flag(mask, "template_refuses", lambda i: refused[i], keys[0])
         good = batch.good()
-    prompts = tokenizer.encode_prompts(texts)
+    prompts = encoder.encode(plans, texts)
     answers = tokenizer.encode_answers(batch.teacher_texts(good))
     tokens = TokenBatch(
         batch,
         good,
         prompts,
         answers,
-        np.fromiter(map(len, prompts), np.int64, len(prompts)),
+        prompts.lengths(),
         np.fromiter(map(len, answers), np.int64, len(answers)) + 1,
     )
     # Only short answers are worth a look, and most are not: EOS texts come as one token each.
-    eos = tokenizer.eos_id
-    empty = [set(e.ids) <= {eos} if n < 9 else False for e, n in zip(answers, tokens.answer_lengths, strict=True)]
-    if any(empty):
+    short = np.flatnonzero(tokens.answer_lengths < 9).tolist()
+    if empty := [j for j in short if set(answers[j].ids) <= {tokenizer.eos_id}]:
         mask = np.zeros(len(batch), bool)
-        mask[good[np.array(empty)]] = True
+        mask[good[empty]] = True
         batch.flag(mask, "teacher_eos_only", "teacher's answer is only the end-of-answer token", keys[1])
-        tokens = tokens.keep(~np.array(empty))
+        left = np.ones(len(good), bool)
+        left[empty] = False
+        tokens = tokens.keep(left)
     return tokens
 
 
@@ -219,9 +226,7 @@ class SpecialText:
         if self.pattern is None:
             return
         for array, where in ((batch.texts, keys[0]), (batch.teachers, keys[1])):
-            hits = np.flatnonzero(
-                pc.fill_null(pc.match_substring_regex(array, self.pattern), False).to_numpy(zero_copy_only=False)
-            )
+            hits = np.flatnonzero(truths(pc.match_substring_regex(array, self.pattern)))
             if not len(hits):
                 continue
             rows = np.searchsorted(batch.starts, hits, side="right") - 1 if array is batch.texts else hits

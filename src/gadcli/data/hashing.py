@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from gadcli.data.rows import ROLES, RowBatch
+from gadcli.data.rows import RowBatch, role_codes
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -30,8 +29,7 @@ def hash_rows(batch: RowBatch) -> tuple[npt.NDArray[np.int64], Hashes, Hashes]:
     good = batch.good()
     if len(good) == 0:
         return good, np.empty(0, np.uint64), np.empty(0, np.uint64)
-    roles = pc.fill_null(pc.index_in(batch.roles, pa.array(ROLES, batch.roles.type)), len(ROLES))
-    turns = hash_strings(batch.texts) + roles.to_numpy(zero_copy_only=False).astype(np.uint64)
+    turns = hash_strings(batch.texts) + role_codes(batch.roles).astype(np.uint64)
     # A turn counts by its place in the conversation: the same turns in another order are another prompt.
     single = len(turns) == len(batch) and bool((batch.starts[1:] - batch.starts[:-1] == 1).all())
     place = 0 if single else np.arange(len(turns)) - np.repeat(batch.starts[:-1], np.diff(batch.starts))

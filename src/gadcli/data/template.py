@@ -88,15 +88,19 @@ class ChatTemplate:
 
     def render(self, messages: list[Message]) -> str:
         """The prompt's text, generation prompt included. Raises TemplateRefusal, also for a dropped message."""
-        roles = tuple([m["role"] for m in messages])
+        plan = self.pieces(tuple([m["role"] for m in messages]))
+        if plan is None:
+            return self.jinja(messages)
+        return "".join([messages[p]["content"] if p.__class__ is int else p for p in plan])  # type: ignore[misc]
+
+    def pieces(self, roles: tuple[str, ...]) -> list[str | int] | None:
+        """Fixed texts and, between them, the numbers of the messages whose contents stand there; None if contents
+        are not only copied. Raises TemplateRefusal."""
         if roles not in self._plans:
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.clear()
             self._plans[roles] = self._plan(roles)
-        plan = self._plans[roles]
-        if plan is None:
-            return self.jinja(messages)
-        return "".join([messages[p]["content"] if p.__class__ is int else p for p in plan])  # type: ignore[misc]
+        return self._plans[roles]
 
     def _plan(self, roles: tuple[str, ...]) -> list[str | int] | None:
         marks = [f"gadmark{i}end" for i in range(len(roles))]  # survives trimming, quoting and capitals

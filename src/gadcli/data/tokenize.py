@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from gadcli.data.segments import PromptEncoder
 from gadcli.data.template import ChatTemplate, Message, TemplateRefusal
 from gadcli.errors import ConfigError
 
@@ -55,6 +56,7 @@ class ChatTokenizer:
         except TemplateRefusal as error:
             raise ConfigError(str(error), "mend the model's chat_template") from None
         self.specials = specials
+        self.prompts = PromptEncoder(backend, self.template)
         self.eos_id = self._end_of_answer()
         added = backend.get_added_tokens_decoder()
         self.special_texts = tuple(sorted(t.content for t in added.values() if t.special))
@@ -118,13 +120,7 @@ class ChatTokenizer:
 
     def prompt_text(self, messages: list[Message]) -> str:
         """The chat template's rendering with the generation prompt. Raises TemplateRefusal."""
-        if self.template is None:
-            return "\n".join(m["content"] for m in messages)
-        return self.template.render(messages)
-
-    def encode_prompts(self, texts: list[str]) -> list[Encoding]:
-        """Templates write special tokens out, so none are added to them; a bare prompt gets what the model adds."""
-        return self.backend.encode_batch_fast(texts, add_special_tokens=self.template is None)
+        return self.prompts.whole([m["role"] for m in messages], [m["content"] for m in messages])
 
     def encode_answers(self, texts: list[str]) -> list[Encoding]:
         """Without the EOS that follows each."""

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gadcli.data.arrays import indexes
 from gadcli.data.files import FileInfo
 from gadcli.data.rows import RowBatch
 from gadcli.errors import ConfigError, ResourceError
@@ -68,7 +69,7 @@ class RowWriter:
         for column in self.extras:
             if batch.extras is not None:
                 values = batch.extras.column(batch.extras.schema.get_field_index(column.name))
-                table = table.append_column(column, values.take(pa.array(rows)))
+                table = table.append_column(column, values.take(indexes(rows)))
         if self._writer is None:
             self._writer = pq.ParquetWriter(self.part, table.schema, compression="zstd")
         self._writer.write_table(table)
