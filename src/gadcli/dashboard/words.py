@@ -11,7 +11,6 @@ from gadcli.dashboard.view import RunView
 from gadcli.metrics.health import Verdict, group_levels
 from gadcli.metrics.symptoms import Diagnosis
 
-
 RESUME = "the same command with --resume goes on from the last checkpoint"
 
 
