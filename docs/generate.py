@@ -15,6 +15,8 @@ from gadcli.cli.app import COMMANDS, app, exists, load
 from gadcli.config.presets import preset_names
 from gadcli.config.schema import STAGES
 from gadcli.config.tree import schema_leaves
+from gadcli.metrics.slow_symptoms import SLOW_RULES
+from gadcli.metrics.symptoms import RULES
 from gadcli.metrics.table import GROUPS, METRICS, Range
 
 REPO = Path(__file__).resolve().parent.parent
@@ -113,6 +115,10 @@ def metrics_page() -> str:
                 cures = " / ".join(f"`{cure}`" for cure in dict.fromkeys((row.cure, row.cure_low)) if cure)
                 cells = (f"`{row.name}`", row.unit, row.meaning, healthy, row.high_means, row.low_means, cures)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", "## What `gad why` recognises", "", "| rule | what it sees |", "|---|---|"]
+    for rule in (*RULES, *SLOW_RULES):
+        sees = " ".join((rule.__doc__ or "").split())
+        lines.append(f"| `{rule.__name__}` | {sees.partition(': ')[2] if sees[:1].isdigit() else sees} |")
     return "\n".join(lines) + "\n"
 
 

@@ -69,6 +69,9 @@ def test_why_says_that_a_run_has_died_and_how_it_goes_on(tmp_path: Path) -> None
     writer.end(7, "rank 0 was killed by SIGKILL")
     told = gad("why", "run", cwd=tmp_path).stdout
     assert "rank 0 was killed by SIGKILL" in told and "--resume" in told
+    MetricsWriter(tmp_path / "run", append=True).end(5, "step 18: raw scores drift apart (health.on_bad=stop; saved)")
+    told = gad("why", "run", cwd=tmp_path).stdout
+    assert "raw scores drift apart" in told and "--resume" not in told, "a collapsed run would collapse again"
 
 
 def test_once_prints_one_picture_without_escape_codes(place: Path) -> None:

@@ -108,6 +108,18 @@ def seqkd_already_good(seed: int) -> Run:
     return many(300, _SEQKD, lambda n, i: {**sft(n, i, 300, 0.09, 0.02), "actor/grad_norm": n.around(0.03)}, seed)
 
 
+def seqkd_that_watches_its_samples(seed: int) -> Run:
+    """A base model that rambles to the limit for most of its SFT, its answers logged for monitoring."""
+
+    def draw(n: Noise, i: int) -> Metrics:
+        length = 120 + 390 / (1 + math.exp((i - 55) / 6))
+        answers = {"response_length/mean": n.around(length, 0.02), "teacher_length/mean": n.around(118, 0.05)}
+        cut = {"response_length/clip_ratio": n.within(length / 520, 0.02)}
+        return sft(n, i, 80) | answers | cut | {"val/length_auc": n.within(0.5 + length / 1050, 0.02)}
+
+    return many(80, {**_SEQKD, "max_response_length": 512}, draw, seed)
+
+
 def seqkd_with_a_critics_keys(seed: int) -> Run:
     """The config of a seqkd stage still names a critic loss."""
     return many(100, {**_SEQKD, "critic_loss": "final"}, lambda n, i: sft(n, i, 100), seed)
@@ -251,7 +263,8 @@ def thousand_steps(seed: int) -> Run:
 
 HEALTHY: dict[str, Draw] = {
     f.__name__: f for f in (
-        seqkd_short, seqkd_already_good, seqkd_with_a_critics_keys, first_steps, fresh_critic, paper, paper_warmup,
+        seqkd_short, seqkd_already_good, seqkd_with_a_critics_keys,
+        seqkd_that_watches_its_samples, first_steps, fresh_critic, paper, paper_warmup,
         eight_pairs, even_match, strong_critic_within_bounds, long_texts, short_answers, growing_to_the_teacher,
         shrinking_to_the_teacher, spiky_gradients, big_model_small_gradients, sparse, bare_header,
         critic_only_to_the_end, tis_and_dapo, lora_without_kl, near_identical_twins, slow_kl, v1_at_its_margin,

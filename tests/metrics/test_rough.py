@@ -149,3 +149,21 @@ def test_a_tight_limit_is_not_cured_by_a_lower_one() -> None:
     # P99 of teachers with a mean of 12 is about 18: the next multiple of 16 is above the limit of 24
     found = judged(many(40, {"max_response_length": 24}, draw, 1))[0]
     assert found.name == "length_giveaway" and found.cures == ("data.max_response_length=48",)
+
+
+def test_a_symptom_that_comes_and_goes_at_its_edge_is_told_a_few_times_and_not_at_every_turn() -> None:
+    edge = turn(many(400, {}, game, 1), lambda n, p: {"actor/pg_clipfrac": n.within(0.5, 0.12)}, onset=0.1)
+    watching = Watch(RunFacts.of(edge[0]))
+    told = [a.name for i, m in enumerate(edge[1], start=1) for a in watching.step(i, m)].count("clip_fraction")
+    assert 1 <= told <= 4
+
+
+def test_a_symptom_that_returns_after_a_healthy_stretch_is_told_again() -> None:
+    def twice(n: Noise, i: int) -> Metrics:
+        high = 40 <= i < 80 or i >= 160
+        return game(n, i) | {"actor/pg_clipfrac": n.within(0.65 if high else 0.15, 0.02)}
+
+    info, steps = many(200, {}, twice, 1)
+    watching = Watch(RunFacts.of(info))
+    alarms = [a for i, m in enumerate(steps, start=1) for a in watching.step(i, m) if a.name == "clip_fraction"]
+    assert len(alarms) == 2 and alarms[0].step < 80 < 160 < alarms[1].step

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from gadcli.dashboard.draw import MARKS, duration
 from gadcli.dashboard.plots import PLOT_HEIGHT, PLOT_WIDTH, plot_of, safe, svg_style
 from gadcli.dashboard.view import RunView
+from gadcli.dashboard.words import RESUME
 from gadcli.metrics.compare import flatten, settings
 from gadcli.metrics.facts import read_config
 from gadcli.metrics.health import group_levels, number
@@ -74,8 +75,8 @@ def _health(view: RunView, now: float) -> str:
     state = view.log.state(now)
     cards = [_card(found) for found in view.judge.diagnoses]
     if state.kind in ("dead", "failed", "silent"):
-        cards.insert(0, f'<div class="card bad"><h3>{MARKS["bad"]} {safe(state.text)}</h3>'
-                        "<p>The same command with --resume goes on from the last checkpoint.</p></div>")  # fmt: skip
+        how = "" if (view.log.end or {}).get("code") == 5 else f"<p>{RESUME}</p>"
+        cards.insert(0, f'<div class="card bad"><h3>{MARKS["bad"]} {safe(state.text)}</h3>{how}</div>')
     if all(found.level == "info" for found in view.judge.diagnoses):
         cards.insert(
             0, f'<div class="card ok"><h3 class="ok">{MARKS["ok"]} nothing is unhealthy in its metrics</h3></div>'

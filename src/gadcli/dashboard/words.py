@@ -11,6 +11,8 @@ from gadcli.dashboard.view import RunView
 from gadcli.metrics.health import Verdict, group_levels
 from gadcli.metrics.symptoms import Diagnosis
 
+RESUME = "the same command with --resume goes on from the last checkpoint"
+
 
 def why_lines(view: RunView, now: float) -> list[str]:
     """Every diagnosis with its evidence, cause and cure, the most certain first."""
@@ -19,7 +21,8 @@ def why_lines(view: RunView, now: float) -> list[str]:
     state = view.log.state(now)
     lines = [f"{view.run_dir}: {step}, {state.kind}"]
     if state.kind in ("dead", "failed", "silent"):
-        lines.append(f"{MARKS['bad']} {state.text} (the same command with --resume goes on from the last checkpoint)")
+        collapsed = (view.log.end or {}).get("code") == 5
+        lines.append(f"{MARKS['bad']} {state.text}" + ("" if collapsed else f" ({RESUME})"))
     if view.log.bad_lines:
         lines.append(f"{view.log.bad_lines} lines of {view.log.path.name} could not be read and were passed over")
     faults = [d for d in view.judge.diagnoses if d.level != "info"]

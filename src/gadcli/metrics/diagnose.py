@@ -10,7 +10,7 @@ from typing import Literal
 
 from gadcli.metrics.cures import cure_for
 from gadcli.metrics.facts import RunFacts, read_config
-from gadcli.metrics.health import Alarm, HealthTracker, Verdict, number
+from gadcli.metrics.health import WINDOW, Alarm, HealthTracker, Verdict, number
 from gadcli.metrics.history import History, StepRecord
 from gadcli.metrics.runlog import RunLog
 from gadcli.metrics.signals import Evidence, Signals
@@ -92,6 +92,7 @@ class Watch:
         self.history = History()
         self._tracker = HealthTracker(facts)
         self._held: dict[str, int] = {}
+        self._seen: dict[str, int] = {}  # the last step at which a diagnosis that was told held
         self._evals: list[tuple[int, Mapping[str, float]]] = []
         self.diagnoses: list[Diagnosis] = []
 
@@ -116,10 +117,15 @@ class Watch:
         named = {d.name: d for d in self.diagnoses if d.level != "info" and d.name not in METRICS}
         self._held = {name: self._held.get(name, 0) + 1 for name in named}
         for name, held in self._held.items():
-            if held == CONFIRM_STEPS:
+            # One that comes and goes at its edge is told once, and again only after a window without it.
+            lately = name in self._seen and step - self._seen[name] <= WINDOW
+            if held >= CONFIRM_STEPS and not lately:
                 found = named[name]
                 level: Literal["warn", "bad"] = "bad" if found.level == "bad" else "warn"
                 alarms.append(Alarm(step, name, level, found.title, found.cures[0] if found.cures else ""))
+                self._seen[name] = step
+            elif lately:
+                self._seen[name] = step
         return alarms
 
     def verdicts(self) -> list[Verdict]:

@@ -29,7 +29,8 @@ LEARNING_GRACE_STEPS = 30
 """A fresh critic needs steps before 'too weak' means anything."""
 
 _NEEDS_LEARNING = {("critic/d_acc", "low"), ("critic/score_diff", "low"), ("critic/ranking_loss", "high")}
-_NOT_IN_SFT = {"actor/grad_norm"}
+# While a student learns by SFT nobody plays against it: that it still rambles is what the stage is there to cure.
+_NOT_IN_SFT = {"actor/grad_norm", "response_length/mean", "response_length/clip_ratio", "val/length_auc"}
 _MUST_BE_FINITE = ("critic/d_loss", "critic/grad_norm", "critic/student_value_mean", "critic/teacher_value_mean",
                    "actor/sft_loss", "actor/pg_loss", "actor/grad_norm", "actor/kl_loss")  # fmt: skip
 _LENGTH, _TEACHER_LENGTH = "response_length/mean", "teacher_length/mean"
@@ -133,10 +134,10 @@ class HealthTracker:
         window.add(step, value)
         if window.seen < fewest_of(window.row.name):
             return replace(old, value=value, text="first steps")
-        if window.row.name == _LENGTH:
+        if window.row.name == _LENGTH and not self._quiet_in_sft(_LENGTH):
             return self._judge_length(window, step, metrics)
         bounds = window.row.range_for(self.facts.loss)
-        if bounds is None or (self.facts.sft and window.row.name in _NOT_IN_SFT):
+        if bounds is None or self._quiet_in_sft(window.row.name):
             return _move(old, "ok", value, step, "")
         # Most steps of most runs end here: no median is needed while everything lies inside.
         if not old.unhealthy and bounds.low <= value <= bounds.high:
@@ -144,6 +145,9 @@ class HealthTracker:
             if 2 * inside > len(window.values):
                 return _move(old, "ok", value, step, "")
         return self._judge_level(window, step, bounds)
+
+    def _quiet_in_sft(self, name: str) -> bool:
+        return self.facts.sft and name in _NOT_IN_SFT and "critic/d_acc" not in self.windows
 
     def _judge_level(self, window: Window, step: int, bounds: Range) -> Verdict:
         middle, error = window.summary()

@@ -148,6 +148,8 @@ def lower_hinge(s: Signals, facts: RunFacts) -> Diagnosis | None:
 
 def length_giveaway(s: Signals, facts: RunFacts) -> Diagnosis | None:
     """5: answers grow to the limit (477.6, 86.1 % cut) where the teacher's are short: the critic reads length."""
+    if facts.sft and not s.has("critic/d_acc"):
+        return None  # no critic that could read a length
     length, teacher = s.now("response_length/mean"), s.now("teacher_length/mean")
     clipped, limit = s.now("response_length/clip_ratio"), facts.max_response_length
     at_limit = limit is not None and length > 0.8 * limit
@@ -175,6 +177,8 @@ def length_giveaway(s: Signals, facts: RunFacts) -> Diagnosis | None:
 
 def limit_too_low(s: Signals, facts: RunFacts) -> Diagnosis | None:
     """Answers are cut although they are no longer than the teacher's: the limit is below what the task needs."""
+    if facts.sft and not s.has("critic/d_acc"):
+        return None  # SFT is what teaches a student to end
     length, teacher = s.now("response_length/mean"), s.now("teacher_length/mean")
     clipped, before = s.now("response_length/clip_ratio"), s.start("response_length/clip_ratio")
     stopped_ending = clipped > 0.5 and clipped > before + 0.25
