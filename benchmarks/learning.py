@@ -297,8 +297,8 @@ def arguments() -> argparse.Namespace:
     add("--early-steps", type=int, default=8, help="SeqKD steps before (d) and (e)")
     add("--evals", type=int, default=6, help="looks at the validation rows in each of b, c, d, e")
     add("--temperature", type=float, default=1.0)
-    add("--max-prompt-length", type=int, default=192)
-    add("--max-response-length", type=int, default=48)
+    add("--max-prompt-length", type=int, default=0, help="default: the task's own")
+    add("--max-response-length", type=int, default=0, help="default: the task's own")
     for stage in STAGES[:-1]:
         add(f"--{stage}", action="append", default=[], metavar="KEY=VALUE", help=f"override for {stage}")
     add("--eval", action="append", default=[], metavar="WORD", help="a word for gad eval, as --eval=--engine=hf")
@@ -315,7 +315,12 @@ def main() -> None:
     options = arguments()
     if not options.report:
         options.model = options.model or str(own_model(options.task, options.out.resolve()))
-        options.overrides = {stage: getattr(options, stage) for stage in STAGES}
+        ordering = options.task == "ordering"
+        own = learning_nano.SETTINGS if ordering else {}
+        options.overrides = {stage: [*own.get(stage, []), *getattr(options, stage)] for stage in STAGES}
+        prompt, response = learning_nano.LIMITS if ordering else (192, 48)
+        options.max_prompt_length = options.max_prompt_length or prompt
+        options.max_response_length = options.max_response_length or response
         plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
         options.out.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:

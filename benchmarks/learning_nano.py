@@ -30,6 +30,17 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
 )
 END = "<|im_end|>"
+LIMITS = (32, 16)  # tokens of a prompt and of an answer
+WHOLE = ["actor.model.train_layers=0", "critic.model.num_layers=0", "actor.micro_batch_tokens=16384",
+         "critic.micro_batch_tokens=16384", "rollout.engine=hf", "rollout.max_num_seqs=256"]  # fmt: skip
+GAME = ["data.train_batch_size=16", "rollout.n=8", "critic.loss=original", "critic.values=all", "critic.optim.lr=1e-3",
+        "critic.ppo_mini_batch_size=4", "actor.optim.lr=1e-4", "algorithm.adv_estimator=dr_grpo"]  # fmt: skip
+SETTINGS = {
+    "seqkd": [*WHOLE, "actor.optim.lr=1e-3", "data.train_batch_size=32"],
+    "warmup": [*WHOLE, *GAME],
+    "gad": [*WHOLE, *GAME],
+    "eval": ["--engine=hf"],
+}
 
 
 @dataclass(frozen=True)
