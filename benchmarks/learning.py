@@ -28,6 +28,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+import learning_nano
 import learning_report
 from gadcli.data.smollm import ensure_demo_model
 from gadcli.data.stdlib_text import has_form, write_demo_data
@@ -36,6 +37,7 @@ from gadcli.engine.retention import best_checkpoint
 CHOOSE_BY = "val/rouge_l"
 NO_END = 1_000_000  # steps: the clock ends the run
 ARMS = ("a", "b", "c", "d", "e")
+TASKS = ("docstrings", "ordering")  # the demo's student and text; the nano student's (learning_nano.py)
 NEEDS = {"a": (), "b": ("a",), "c": ("a", "b"), "d": (), "e": ("d",)}
 
 
@@ -43,6 +45,7 @@ NEEDS = {"a": (), "b": ("a",), "c": ("a", "b"), "d": (), "e": ("d",)}
 class Plan:
     """What to run; every number that a result depends on stands in its record."""
 
+    task: str
     model: str
     preset: str
     teacher_rows: int
@@ -85,7 +88,8 @@ class Bench:
         self.runs.mkdir(parents=True, exist_ok=True)
         self.finished = self.runs / "finished_stages.txt"
         self.cache = self.runs / "cache"  # converted checkpoints: half a gigabyte each, and nobody else's
-        files = write_demo_data(self.runs / "data", seed)
+        write = learning_nano.write_data if plan.task == "ordering" else write_demo_data
+        files = write(self.runs / "data", seed)
         self.val, self.test = files.val, files.test
         self.train = self.runs / "data" / f"train_{plan.teacher_rows}.parquet"
         pq.write_table(pq.read_table(files.train).slice(0, plan.teacher_rows), self.train)
@@ -184,9 +188,13 @@ class Bench:
         figures: dict[str, Any] = {"prompts": report["models"][0]["prompts"]}
         for kind, found in zip(("greedy", "sampled"), report["models"], strict=True):
             own = [answer for answer in answers if answer["temperature"] == found["temperature"]]
-            form = sum(has_form(answer["student"]) for answer in own) / len(own)
+            form = sum(in_form(self.plan.task, answer) for answer in own) / len(own)
             figures[kind] = {**found["metrics"], "val/form": form}
         return figures
+
+
+def in_form(task: str, answer: dict[str, Any]) -> bool:
+    return learning_nano.has_form(answer) if task == "ordering" else has_form(answer["student"])
 
 
 def stopped_improving(evals: dict[int, float], patience: int, min_gain: float) -> bool:
@@ -275,7 +283,8 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("learning"))
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    add("--model", default="", help="default: the demo's model")
+    add("--task", choices=TASKS, default=TASKS[0], help="ordering: a nano student, minutes a seed")
+    add("--model", default="", help="default: the task's own")
     add("--preset", default="demo")
     add("--teacher-rows", type=int, default=128)
     add("--val-rows", type=int, default=96)
@@ -288,8 +297,8 @@ def arguments() -> argparse.Namespace:
     add("--early-steps", type=int, default=8, help="SeqKD steps before (d) and (e)")
     add("--evals", type=int, default=6, help="looks at the validation rows in each of b, c, d, e")
     add("--temperature", type=float, default=1.0)
-    add("--max-prompt-length", type=int, default=192)
-    add("--max-response-length", type=int, default=48)
+    add("--max-prompt-length", type=int, default=0, help="default: the task's own")
+    add("--max-response-length", type=int, default=0, help="default: the task's own")
     for stage in STAGES[:-1]:
         add(f"--{stage}", action="append", default=[], metavar="KEY=VALUE", help=f"override for {stage}")
     add("--eval", action="append", default=[], metavar="WORD", help="a word for gad eval, as --eval=--engine=hf")
@@ -298,11 +307,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def own_model(task: str, out: Path) -> Path:
+    return learning_nano.write_student(out / "nano") if task == "ordering" else ensure_demo_model()
+
+
 def main() -> None:
     options = arguments()
     if not options.report:
-        options.model = options.model or str(ensure_demo_model())
-        options.overrides = {stage: getattr(options, stage) for stage in STAGES}
+        options.model = options.model or str(own_model(options.task, options.out.resolve()))
+        ordering = options.task == "ordering"
+        own = learning_nano.SETTINGS if ordering else {}
+        options.overrides = {stage: [*own.get(stage, []), *getattr(options, stage)] for stage in STAGES}
+        prompt, response = learning_nano.LIMITS if ordering else (192, 48)
+        options.max_prompt_length = options.max_prompt_length or prompt
+        options.max_response_length = options.max_response_length or response
         plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
         options.out.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:

@@ -15,7 +15,7 @@ _gad() {
     esac
     if [[ -z "$words" ]]; then case "$command" in
         "") words="demo doctor data preset train run monitor why samples compare merge eval losslab --version --debug --help" ;;
-        "demo") words="--quick --output-dir -o --resume --force --quiet -q --help" ;;
+        "demo") words="--quick --collapse --output-dir -o --resume --force --quiet -q --help" ;;
         "doctor") words="--json --help" ;;
         "data") words="analyze-tokens check collect split head --help" ;;
         "data analyze-tokens") words="--tokenizer -t --preset -p --stage --write --batch-size --prompt-key --response-key --json --quiet -q --help" ;;

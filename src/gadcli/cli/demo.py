@@ -14,8 +14,11 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Under three minutes: the same parts, too short to learn.")
     ] = False,
+    collapse: Annotated[
+        str, typer.Option("--collapse", metavar="LOSS", help="Ruin a dwarf of a student on purpose instead: v1.")
+    ] = "",
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", metavar="DIR", help="Default: runs/demo, or runs/demo-quick.")
+        Path | None, typer.Option("--output-dir", "-o", metavar="DIR", help="Default: runs/demo[-quick|-collapse-v1].")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="The default: go on where a demo stopped.")] = False,
     force: ForceOption = False,
@@ -24,15 +27,25 @@ def main(
     """Three stages, merge and a table of held-out results, on a 135M student and Python's own docstrings.
 
     Runs on two CPU cores without a GPU or a model hub. Started again it goes on where it stopped, and shows the table
-    of a demo that is done.
+    of a demo that is done. With --collapse v1 it is a real run that goes wrong, in minutes, for `gad why` to name.
     """
     import sys
 
+    from gadcli.errors import ConfigError
     from gadcli.train.demo import Demo
+    from gadcli.train.demo_collapse import COLLAPSES, CollapseDemo
     from gadcli.train.parent_display import say
     from gadcli.train.parent_folder import move_aside
 
-    folder = output_dir or Path("runs") / ("demo-quick" if quick else "demo")
+    if collapse and collapse not in COLLAPSES:
+        raise ConfigError(f"--collapse is {collapse}", f"collapses on show: {', '.join(COLLAPSES)}")
+    if collapse and quick:
+        raise ConfigError("--collapse with --quick", "the collapse takes minutes as it is: leave --quick out")
+    folder = output_dir or Path("runs") / (
+        f"demo-collapse-{collapse}" if collapse else "demo-quick" if quick else "demo"
+    )
     if force and folder.exists():
         say(sys.stderr, f"gad: moved the demo that was there to {move_aside(folder)}")
+    if collapse:
+        return CollapseDemo(folder, quiet=quiet, collapse=collapse).run()
     return Demo(folder, quick=quick, quiet=quiet).run()

@@ -244,9 +244,8 @@ _ROWS: tuple[Metric, ...] = (
         "AUC",
         "responses",
         "how well length alone separates student from teacher; .5 is blind",
-        healthy=_every(0.3, 0.7, warn_low=0.1, warn_high=0.9),
-        high_means="length alone separates student from teacher (longer)",
-        low_means="length alone separates student from teacher (shorter)",
+        healthy=_every(0.5, 0.7, warn_high=0.9),  # folded at one half: too short counts as too long does
+        high_means="length alone separates student from teacher (val/length_ratio says which way)",
         cure="data.max_response_length=256",
     ),
     Metric("rollout/tokens_per_s", "tokens/s", "engine", "sampled tokens a second", "last"),
