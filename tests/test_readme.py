@@ -20,9 +20,18 @@ from tiny import write_tiny_data, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-DOCS = [page for page in PAGES if page.name != "cli.md"]  # that one is made from the commands themselves
+DOCS = [page for page in PAGES if "```bash" in page.read_text() and page.name != "cli.md"]  # that one is generated
 PLAN_ONLY = ("train", "run")  # subcommands that would train
-ELSEWHERE = ("make", "pip", "vllm", "srun")  # what other tests or no test can run
+STAND_INS = {"Qwen/Qwen3-8B": "model", "BASE": "model"}
+ELSEWHERE = (
+    "make",
+    "pip",
+    "vllm",
+    "srun",
+    "source",
+    "python",
+    "PYTHONPATH=gguf-converter",
+)  # what other tests or no test can run
 
 
 def documented() -> list[str]:
@@ -48,6 +57,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(run, folder / "runs" / "s1")
     (folder / "runs" / "mine").mkdir()
     shutil.copytree(run, folder / "runs" / "mine" / "gad")
+    for stand_in in ("runs/mine/gad/global_step_500", "checkpoints/exp/global_step_500", "CKPT"):
+        shutil.copytree(run / "global_step_1", folder / stand_in)
     return folder
 
 
@@ -64,9 +75,18 @@ def test_every_command_is_known_to_this_test() -> None:
     assert {shlex.split(line)[0] for line in commands} <= {"gad", *ELSEWHERE}
 
 
+def test_what_the_readme_serves_is_what_its_merge_writes() -> None:
+    merge, serve = (
+        next(line for line in documented() if line.startswith(start)) for start in ("gad merge", "vllm serve")
+    )
+    assert shlex.split(serve)[2] == f"{shlex.split(merge)[-1]}/actor"  # a run holds actor and critic
+
+
 @pytest.mark.parametrize("line", [line for line in documented() if line.startswith("gad ")])
 def test_a_documented_command_runs(line: str, workplace: Path) -> None:
-    words = [word.replace("Qwen/Qwen3-8B", str(workplace / "model")) for word in shlex.split(line)[1:]]
+    words = [STAND_INS.get(word, word) for word in shlex.split(line)[1:]]
+    for target in ("student", "out", "DIR"):  # an earlier line's: no merge writes over one
+        shutil.rmtree(workplace / target, ignore_errors=True)
     if words[0] in PLAN_ONLY:  # elsewhere: the folders it would write are there already, for the other commands
         words += ["--output-dir", "elsewhere"] + ([] if "--dry-run" in words else ["--dry-run"])
     if words[0] == "monitor":
@@ -78,8 +98,7 @@ def test_a_documented_command_runs(line: str, workplace: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    if words[0] == "merge":  # the page goes on to serve what it merged
-        served = [line.split()[2] for line in documented() if line.startswith("vllm serve ")]
-        assert served and all((workplace / name / "config.json").is_file() for name in served)
+    if words[0] == "merge":
+        assert list(workplace.glob(f"{words[words.index('-o') + 1] if '-o' in words else 'DIR'}/**/config.json"))
     if "--dry-run" in words:
         assert "plan:" in done.stdout

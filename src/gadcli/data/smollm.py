@@ -49,9 +49,15 @@ def ensure_demo_model(cache: Path | None = None) -> Path:
     return folder
 
 
-def embedded_or(path: str) -> str:
-    """The folder of the demo's student where `path` asks for it; any other path as it is."""
-    return str(ensure_demo_model()) if path == EMBEDDED else path
+def embedded_or(path: str, *, convert: bool = True) -> str:
+    """The folder of the demo's student where `path` asks for it; any other path as it is.
+
+    Without `convert` a student that was never converted stays the word that asked for it.
+    """
+    if path != EMBEDDED:
+        return path
+    folder = cache_folder() / FOLDER_NAME
+    return str(ensure_demo_model()) if convert or folder.exists() else path
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -100,7 +100,7 @@ def prepare(request: StageRequest) -> Prepared:
     resolved = resolve(request.stage, request.preset, request.config_file, dict(request.flags), list(request.overrides))
     config = resolved.config
     for model in (config.actor.model, config.critic.model):
-        model.path = embedded_or(model.path)
+        model.path = embedded_or(model.path, convert=not request.dry_run)
     if not request.dry_run:
         check_inputs(config)
     for path in (config.actor.model.path, config.critic.model.path):
