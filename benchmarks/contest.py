@@ -101,14 +101,20 @@ def contest(
         for name in names:  # one after another: loading is not part of the contest, and memory is not unlimited
             running.append(Contestant(name, [script, "--contestant", name, *options], logs / f"{name}.log"))
             running[-1].expect()
-            running[-1].turn()  # the warm-up
+            _say(f"{name}, warm-up", running[-1].turn())
         for number in range(rounds):
             for contestant in running if number % 2 == 0 else reversed(running):
                 found[contestant.name].append(contestant.turn())
+                _say(contestant.name, found[contestant.name][-1])
     finally:
         for contestant in running:
             contestant.close()
     return found
+
+
+def _say(who: str, figures: dict[str, float]) -> None:
+    """Progress: a contest of many minutes that is interrupted has shown what it had."""
+    print(f"{who}: {json.dumps({k: round(v, 3) for k, v in figures.items()})}", file=sys.stderr, flush=True)
 
 
 def spread(values: list[float]) -> dict[str, float]:
