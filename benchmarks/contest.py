@@ -14,6 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +125,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the figures come from."""
-    import torch
-    import transformers
-
     cpu = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": int(THREADS), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        **{name: metadata.version(name) for name in ("torch", "transformers", "trl") if find_spec(name)},
     }  # fmt: skip
 
 
