@@ -14,6 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +103,20 @@ def contest(
         for name in names:  # one after another: loading is not part of the contest, and memory is not unlimited
             running.append(Contestant(name, [script, "--contestant", name, *options], logs / f"{name}.log"))
             running[-1].expect()
-            running[-1].turn()  # the warm-up
+            _say(f"{name}, warm-up", running[-1].turn())
         for number in range(rounds):
             for contestant in running if number % 2 == 0 else reversed(running):
                 found[contestant.name].append(contestant.turn())
+                _say(contestant.name, found[contestant.name][-1])
     finally:
         for contestant in running:
             contestant.close()
     return found
+
+
+def _say(who: str, figures: dict[str, float]) -> None:
+    """Progress: a contest of many minutes that is interrupted has shown what it had."""
+    print(f"{who}: {json.dumps({k: round(v, 3) for k, v in figures.items()})}", file=sys.stderr, flush=True)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -117,15 +125,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the figures come from."""
-    import torch
-    import transformers
-
     cpu = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": int(THREADS), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        **{name: metadata.version(name) for name in ("torch", "transformers", "trl") if find_spec(name)},
     }  # fmt: skip
 
 
