@@ -95,7 +95,7 @@ class PromptEncoder:
         """What is to be encoded for one row. Raises TemplateRefusal."""
         if plan is WHOLE:
             return [self.whole(roles, contents)]
-        return ["".join([contents[p] if p.__class__ is int else p for p in c]) for c in plan.chunks]  # type: ignore[index,misc]
+        return ["".join([contents[p] if p.__class__ is int else p for p in c]) for c in plan.chunks]  # type: ignore[misc]
 
     def whole(self, roles: Sequence[str], contents: Sequence[str]) -> str:
         """The prompt's text."""
