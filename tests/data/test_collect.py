@@ -158,6 +158,16 @@ def test_a_refused_key_stops_at_once_and_appears_nowhere(tmp_path: Path, capfd: 
     assert "canary" not in everything
 
 
+def test_a_password_in_the_url_is_not_repeated(tmp_path: Path, capfd: Any) -> None:
+    with Teacher(status=401) as teacher:
+        command = words(tmp_path, teacher, prompts_file(tmp_path, ["q"]))
+        command[command.index(teacher.url)] = teacher.url.replace("//", "//me:hunter2@")
+        assert run(command) == 2
+    out, err = capfd.readouterr()
+    assert "//***@127.0.0.1" in err
+    assert "hunter2" not in out + err
+
+
 def test_an_endpoint_that_rejects_everything_is_a_wrong_request(tmp_path: Path) -> None:
     with Teacher() as teacher:
         prompts = prompts_file(tmp_path, [f"reject {i}" for i in range(60)])

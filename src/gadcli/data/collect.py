@@ -59,6 +59,11 @@ class CollectSpec:
     price_out: float = 0.0
 
     @property
+    def shown_endpoint(self) -> str:
+        """Without a user and password."""
+        return re.sub(r"//[^/@]*@", "//***@", self.endpoint)
+
+    @property
     def journal(self) -> Path:
         return self.out.with_name(self.out.name + ".journal.jsonl")
 
@@ -219,7 +224,7 @@ async def _ask(client: Any, spec: CollectSpec, messages: list[dict[str, str]], t
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             reason = _redact(_reason(error), spec.key)
             raise ConfigError(
-                f"{spec.endpoint} answered {error.status_code}: {reason}",
+                f"{spec.shown_endpoint} answered {error.status_code}: {reason}",
                 "check --endpoint, --model and the key's variable",
             ) from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -227,7 +232,7 @@ async def _ask(client: Any, spec: CollectSpec, messages: list[dict[str, str]], t
             answered = tally.reused + tally.counts["ok"] + tally.counts["truncated"]
             if tally.counts["rejected"] + 1 >= REFUSED_IN_A_ROW and not answered:
                 raise ConfigError(
-                    f"{spec.endpoint} rejects every request: {tally.last_failure}", "see --model and its options"
+                    f"{spec.shown_endpoint} rejects every request: {tally.last_failure}", "see --model and its options"
                 ) from None
             return {"status": "rejected", "text": "", "finish_reason": "", "reason": tally.last_failure}
         except (openai.APIError, ValueError) as error:  # throttled, down, cut off, or not JSON
