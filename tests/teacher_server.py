@@ -14,9 +14,10 @@ from typing import Any, Self
 class Teacher:
     """Serves `POST /v1/chat/completions` on 127.0.0.1. A word in the prompt says what happens to it:
 
-    `throttle` 429 twice with Retry-After, `crash` 500 twice, `drop` the connection is cut twice, `garbage` an answer
-    that is no JSON once, `down` always 500, `reject` 400, `cut` finish_reason length, `filter` content_filter,
-    `refuse` a refusal in the text. `requests` counts by prompt, `keys` holds the Authorization headers seen.
+    `throttle` 429 twice with Retry-After, `crash` 500 twice, `drop` the connection is cut twice, `half` the body is
+    cut twice, `garbage` an answer that is no JSON once, `down` always 500, `reject` 400, `cut` finish_reason length,
+    `filter` content_filter, `refuse` a refusal in the text. `requests` counts by prompt, `keys` holds the
+    Authorization headers seen.
     """
 
     def __init__(self, delay_s: float = 0.0, status: int = 200) -> None:
@@ -76,6 +77,10 @@ class Teacher:
             return self.send(handler, 500, {"error": {"message": "oops"}})
         if "drop" in prompt and nth <= 2:
             handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+            return None
+        if "half" in prompt and nth <= 2:
+            self.send(handler, 200, {"choices": []}, {"Content-Length": "5000"})
             handler.close_connection = True
             return None
         if "garbage" in prompt and nth <= 1:

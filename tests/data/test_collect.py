@@ -70,7 +70,7 @@ def test_answers_come_in_the_prompts_order_and_train_as_they_are(tmp_path: Path,
     assert run(["data", "check", str(tmp_path / "out.parquet"), "-t", str(model_folder), "-q"]) == 0
 
 
-@pytest.mark.parametrize("fault", ["throttle", "crash", "drop", "garbage"])
+@pytest.mark.parametrize("fault", ["throttle", "crash", "drop", "half", "garbage"])
 def test_a_passing_fault_is_retried_until_the_answer_comes(fault: str, tmp_path: Path) -> None:
     with Teacher() as teacher:
         assert run(words(tmp_path, teacher, prompts_file(tmp_path, [f"{fault} me", "plain"]), "-q")) == 0
@@ -87,6 +87,33 @@ def test_a_lasting_fault_ends_in_exit_3_and_is_asked_again_next_time(tmp_path: P
         assert len(rows(tmp_path)) == 1
         assert run(words(tmp_path, teacher, prompts, "--retries", "1", "-q")) == 3
     assert teacher.requests == {"down": 4, "fine": 1}
+
+
+def test_an_endpoint_that_is_down_ends_the_run_soon_and_the_rest_is_asked_when_it_is_back(
+    tmp_path: Path, capsys: Any
+) -> None:
+    """Else a million prompts would each wait through all their retries."""
+    texts = ["good", *[f"down {i}" for i in range(200)]]
+    command = ["--retries", "1", "--concurrency", "2", "-q"]
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, texts), *command)) == 3
+    assert "prompts in a row got no answer" in capsys.readouterr().err
+    # 8 prompts asked twice each, and at most one more by the other worker.
+    assert 16 <= sum(n for text, n in teacher.requests.items() if text != "good") <= 18
+    assert [r["teacher_response"] for r in rows(tmp_path)] == ["answer to good"]
+    with Teacher() as teacher:
+        back = prompts_file(tmp_path, ["good", "up"])
+        assert run(words(tmp_path, teacher, back, *command)) == 0
+    assert teacher.requests == {"up": 1}
+
+
+def test_failures_between_answers_do_not_end_the_run(tmp_path: Path) -> None:
+    texts = [f"{'down' if i % 2 else 'fine'} {i}" for i in range(40)]
+    with Teacher() as teacher:
+        more = ("--retries", "0", "--concurrency", "1", "-q")
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, texts), *more)) == 3
+    assert len(rows(tmp_path)) == 20
+    assert sum(teacher.requests.values()) == 40
 
 
 def test_refusals_and_cut_answers_are_marked_and_left_out_unless_asked_for(tmp_path: Path) -> None:
@@ -129,6 +156,16 @@ def test_a_refused_key_stops_at_once_and_appears_nowhere(tmp_path: Path, capfd: 
     everything = out + err + "".join(p.read_text(errors="replace") for p in tmp_path.iterdir())
     assert SECRET not in everything
     assert "canary" not in everything
+
+
+def test_a_password_in_the_url_is_not_repeated(tmp_path: Path, capfd: Any) -> None:
+    with Teacher(status=401) as teacher:
+        command = words(tmp_path, teacher, prompts_file(tmp_path, ["q"]))
+        command[command.index(teacher.url)] = teacher.url.replace("//", "//me:hunter2@")
+        assert run(command) == 2
+    out, err = capfd.readouterr()
+    assert "//***@127.0.0.1" in err
+    assert "hunter2" not in out + err
 
 
 def test_an_endpoint_that_rejects_everything_is_a_wrong_request(tmp_path: Path) -> None:

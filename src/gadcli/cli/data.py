@@ -120,6 +120,8 @@ def analyze_tokens(
         print("\n".join(f"  {reason}" for reason in suggestion.reasons))
         print(f"\nat batch {cost['batch_size']}: {cost['steps_per_epoch']:,} steps an epoch, "
               f"{cost['rows_left_over']} rows left over, {cost['tokens_per_step']:,} tokens a step")  # fmt: skip
+        if not cost["steps_per_epoch"]:
+            print("  ! fewer rows than one batch: training would refuse them")
         if preset:
             print(f"\npreset {preset}, stage {stage}\n" + "\n".join(f"  {line}" for line in verdicts))
     if write:

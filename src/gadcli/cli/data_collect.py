@@ -87,7 +87,8 @@ def collect(
         raise
     if as_json:
         result = asdict(tally)
-        del result["started"], result["last_failure"]
+        for name in ("started", "last_failure", "failed_in_a_row", "stopped"):
+            del result[name]
         print_json({**result, "counts": dict(tally.counts), "out": str(out), "cost": tally.cost(spec)})
     elif not quiet:
         print(f"{out}: {tally.total:,} prompts, {tally.reused:,} answered before; now {tally.line(spec)}")

@@ -179,7 +179,8 @@ def _choose(folder: Path, cfg: DataConfig, split: str) -> _Choice | None:
     held = smallest(folder / "hash.bin", cfg.val_rows)
     hashes = np.memmap(folder / "hash.bin", "<u8", "r")
     step = 1 << 20
-    parts = [np.flatnonzero(np.isin(hashes[a : a + step], held)) + a for a in range(0, len(hashes), step)]
+    # The smallest hashes there are: one is among them if it is not above the last.
+    parts = [np.flatnonzero(hashes[a : a + step] <= held[-1]) + a for a in range(0, len(hashes), step)]
     listed = np.concatenate(parts).astype(np.int64)
     if split == "val":
         listed = listed[: cfg.val_rows]

@@ -23,6 +23,7 @@ from gadcli.data.writing import MESSAGES
 from gadcli.errors import ConfigError, DataError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
+FAILED_IN_A_ROW = 8  # that many prompts (or one each worker) without an answer between: the endpoint is down
 REFUSED_IN_A_ROW = 5  # that many 400s without one answer: the request itself is wrong, not its prompt
 WRITE_ROWS = 1000
 # ok, refused, truncated and rejected answers are journalled; a prompt that failed is asked about again next time.
@@ -58,6 +59,11 @@ class CollectSpec:
     price_out: float = 0.0
 
     @property
+    def shown_endpoint(self) -> str:
+        """Without a user and password."""
+        return re.sub(r"//[^/@]*@", "//***@", self.endpoint)
+
+    @property
     def journal(self) -> Path:
         return self.out.with_name(self.out.name + ".journal.jsonl")
 
@@ -77,6 +83,8 @@ class Tally:
     tokens_out: int = 0
     started: float = field(default_factory=time.monotonic)
     last_failure: str = ""
+    failed_in_a_row: int = 0
+    stopped: int = 0  # after so many prompts in a row without an answer
 
     @property
     def done(self) -> int:
@@ -118,6 +126,12 @@ def collect(spec: CollectSpec, show: Callable[[Tally], None] = lambda tally: Non
         if jobs:
             asyncio.run(_ask_all(spec, journal, tally, show))
         write_answers(spec, journal)
+    if tally.stopped:
+        raise DataError(
+            f"stopped: {tally.stopped} prompts in a row got no answer, {tally.total - tally.done:,} were not "
+            f"asked; the last: {tally.last_failure}",
+            "when the endpoint answers again, run the same command: it goes on from here",
+        )
     if tally.counts["failed"]:
         raise DataError(
             f"{tally.counts['failed']:,} of {tally.total:,} prompts got no answer; the last: {tally.last_failure}",
@@ -176,12 +190,17 @@ async def _ask_all(spec: CollectSpec, journal: Journal, tally: Tally, show: Call
     async def work() -> None:
         for key, prompt in jobs:  # one thread: taking the next is atomic
             entry = await _ask(client, spec, _messages(spec, prompt), tally)
+            tally.failed_in_a_row = tally.failed_in_a_row + 1 if entry is None else 0
             if entry is None:
                 tally.counts["failed"] += 1
+                if tally.failed_in_a_row >= max(FAILED_IN_A_ROW, spec.concurrency):
+                    tally.stopped = tally.failed_in_a_row
             else:
                 journal.add(key, entry)
                 tally.counts[entry["status"]] += 1
             show(tally)
+            if tally.stopped:  # the others end what they are at
+                return
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -205,7 +224,7 @@ async def _ask(client: Any, spec: CollectSpec, messages: list[dict[str, str]], t
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             reason = _redact(_reason(error), spec.key)
             raise ConfigError(
-                f"{spec.endpoint} answered {error.status_code}: {reason}",
+                f"{spec.shown_endpoint} answered {error.status_code}: {reason}",
                 "check --endpoint, --model and the key's variable",
             ) from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -213,7 +232,7 @@ async def _ask(client: Any, spec: CollectSpec, messages: list[dict[str, str]], t
             answered = tally.reused + tally.counts["ok"] + tally.counts["truncated"]
             if tally.counts["rejected"] + 1 >= REFUSED_IN_A_ROW and not answered:
                 raise ConfigError(
-                    f"{spec.endpoint} rejects every request: {tally.last_failure}", "see --model and its options"
+                    f"{spec.shown_endpoint} rejects every request: {tally.last_failure}", "see --model and its options"
                 ) from None
             return {"status": "rejected", "text": "", "finish_reason": "", "reason": tally.last_failure}
         except (openai.APIError, ValueError) as error:  # throttled, down, cut off, or not JSON

@@ -105,5 +105,7 @@ def smallest(hashes_file: Path, k: int, chunk: int = 1 << 20) -> Hashes:
     best = np.empty(0, np.uint64)
     with open(hashes_file, "rb") as file:
         while len(part := np.fromfile(file, "<u8", chunk)):
+            if len(best) == k:
+                part = part[part < best[-1]]  # few are left to sort
             best = np.unique(np.concatenate([best, part]))[:k]
     return best
