@@ -19,8 +19,8 @@ def side_column(view: RunView, width: int, rows: int) -> list[Text]:
     left = rows - events
     lines = why_panel(view, width, left - 6) if left >= 14 else []
     lines += sample_lines(view, width, min(left - len(lines), max(6, (left - len(lines)) * 3 // 5)))
-    best = view.best_scored()
-    if best is not None and left - len(lines) >= 5:
+    best, shown = view.best_scored(), view.sample()
+    if best is not None and (shown is None or best != shown[2]) and left - len(lines) >= 5:
         lines.append(Text())
         lines += one_sample(best, "best-scored answer", width, left - len(lines))
     if events > 1 and rows - len(lines) > events:

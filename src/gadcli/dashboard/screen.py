@@ -152,9 +152,11 @@ def metric_line(view: RunView, name: str, width: int, level: Level, text: str | 
     bounds = metric(name).range_for(view.judge.facts.loss)
     _, values = view.series(name)
     label_width = min(LABEL_WIDTH, max(6, width - 11))
-    line = Text(f"{MARKS[level]} ", style=STYLES[level], no_wrap=True)
-    line.append_text(pad(Text(text or label(name)), label_width))
-    line.append(f"{number(view.log.latest(name)):>8} ")
+    # Only what is unhealthy is coloured throughout: on a healthy screen the numbers stay plain.
+    loud = STYLES[level] if level in ("warn", "bad") else ""
+    line = Text(no_wrap=True).append(f"{MARKS[level]} ", style=STYLES[level])
+    line.append_text(pad(Text(text or label(name), style=loud), label_width))
+    line.append(f"{number(view.log.latest(name)):>8} ", style=loud)
     band = band_text(bounds)
     room = width - line.cell_len - (BAND_WIDTH if width >= 50 else 0) - 1
     if room >= 4 and values:
