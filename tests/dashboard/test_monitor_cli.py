@@ -201,7 +201,8 @@ def test_after_a_resize_the_screen_is_what_a_fresh_picture_of_that_size_shows(pl
         return do("capture-pane", "-p", "-t", "s")
 
     def begin(columns: int, rows: int) -> None:
-        command = f"cd {place} && PYTHONPATH={ENV['PYTHONPATH']} {' '.join(GAD)} monitor lost"
+        # COLUMNS is what the shell began with, and wrong after a resize
+        command = f"cd {place} && COLUMNS=80 LINES=24 PYTHONPATH={ENV['PYTHONPATH']} {' '.join(GAD)} monitor lost"
         do("new-session", "-d", "-s", "s", "-x", str(columns), "-y", str(rows), command)
 
     try:

@@ -47,7 +47,9 @@ def watch(
     console: Console | None = None,
 ) -> Reason:
     """The same for several runs at once."""
-    console = console or Console()
+    if console is None:
+        # COLUMNS and LINES tell the size at the shell's start; a picture that follows resizes asks the terminal.
+        console = Console(_environ={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")})
     with keyboard(sys.stdin) as read_key:
         for view in views:
             view.notice, view.interactive = notice, read_key is not None
