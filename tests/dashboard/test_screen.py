@@ -104,6 +104,14 @@ def test_every_key_is_in_the_footer_at_any_width(good: RunView, width: int) -> N
     assert all(f" {key} " in foot for key in "qngp") and "…" not in foot
 
 
+def test_tensorboards_address_is_in_the_footer_where_there_is_room(good: RunView) -> None:
+    good.interactive, good.link = True, "http://127.0.0.1:6006/"
+    feet = [screen_lines(good, width, 20, time.time())[-1].plain for width in (60, 120)]
+    good.interactive, good.link = False, ""
+    assert feet[1].endswith(" http://127.0.0.1:6006/") and cell_len(feet[1]) == 120
+    assert "http" not in feet[0] and " pause" in feet[0]
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     views = [RunView(write(tmp_path / stage, healthy(1, steps=20))) for stage in ("warmup", "gad")]
     for view in views:

@@ -29,14 +29,18 @@ def live(
     should_stop: Callable[[], bool],
     *,
     notice: Callable[[], str] | None = None,
+    link: str = "",
     console: Console | None = None,
 ) -> Reason:
     """Show one run until `should_stop()` says so ("stopped") or the reader presses q ("quit").
 
-    `notice` is one line for the header, e.g. "saving…". The caller owns the signals; whatever ends this, by an
+    `notice` is one line for the header, e.g. "saving…", `link` an address for the footer. The caller owns the
+    signals; whatever ends this, by an
     exception too, the terminal is restored first.
     """
-    return watch([RunView(run_dir)], should_stop, notice=notice, console=console)
+    view = RunView(run_dir)
+    view.link = link
+    return watch([view], should_stop, notice=notice, console=console)
 
 
 def watch(

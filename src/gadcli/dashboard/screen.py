@@ -244,6 +244,8 @@ def footer(view: RunView, width: int) -> Text:
             line.append(f" {key} ", style="reverse").append(f" {what} " if what else " ", style="dim")
         if line.cell_len <= width:
             break
+    if view.link and line.cell_len + len(view.link) + 2 <= width:
+        line.append(" " * (width - line.cell_len - len(view.link)) + view.link, style="dim")
     return fit(line, width)
 
 

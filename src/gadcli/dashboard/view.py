@@ -27,6 +27,7 @@ class RunView:
         self.sample_back = 0
         self.paused = False
         self.interactive = False
+        self.link = ""
         self.notice: Callable[[], str] | None = None
         self._name = ""
         self._series: dict[str, tuple[list[int], list[float]]] = {}
