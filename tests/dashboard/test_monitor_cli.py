@@ -8,12 +8,14 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,42 @@ def test_the_terminal_is_restored_however_the_picture_ends(
     assert terminal.finish() == code
     assert termios.tcgetattr(terminal.fd)[3] == terminal.before[3], "echo and line mode are back"
     os.close(terminal.fd)
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="NO TMUX: resizing was not looked at (apt-get install tmux)")
+def test_after_a_resize_the_screen_is_what_a_fresh_picture_of_that_size_shows(place: Path) -> None:
+    tmux = ["tmux", "-L", f"gad-test-{os.getpid()}", "-f", os.devnull]
+
+    def do(*words: str) -> str:
+        return subprocess.run([*tmux, *words], capture_output=True, text=True, check=True, timeout=30).stdout
+
+    def until(holds: Callable[[str], bool]) -> str:
+        end = time.monotonic() + 30
+        while not holds(seen := do("capture-pane", "-p", "-t", "s")):
+            assert time.monotonic() < end, seen
+            time.sleep(0.3)
+        return seen
+
+    def steady(words: str) -> str:
+        until(lambda seen: words in seen)
+        time.sleep(1.0)  # several frames' time
+        return do("capture-pane", "-p", "-t", "s")
+
+    def begin(columns: int, rows: int) -> None:
+        # COLUMNS is what the shell began with, and wrong after a resize
+        command = f"cd {place} && COLUMNS=80 LINES=24 PYTHONPATH={ENV['PYTHONPATH']} {' '.join(GAD)} monitor lost"
+        do("new-session", "-d", "-s", "s", "-x", str(columns), "-y", str(rows), command)
+
+    try:
+        begin(60, 20)
+        fresh = steady("score_diff")
+        do("kill-session", "-t", "s")
+        begin(160, 40)
+        steady("best-scored")
+        do("resize-window", "-t", "s", "-x", "60", "-y", "20")
+        until(lambda seen: seen == fresh)
+    finally:
+        subprocess.run([*tmux, "kill-server"], capture_output=True, check=False)
 
 
 def test_frames_come_at_four_hertz_at_most_even_under_held_keys(place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -103,6 +104,14 @@ def test_every_key_is_in_the_footer_at_any_width(good: RunView, width: int) -> N
     assert all(f" {key} " in foot for key in "qngp") and "…" not in foot
 
 
+def test_tensorboards_address_is_in_the_footer_where_there_is_room(good: RunView) -> None:
+    good.interactive, good.link = True, "http://127.0.0.1:6006/"
+    feet = [screen_lines(good, width, 20, time.time())[-1].plain for width in (60, 120)]
+    good.interactive, good.link = False, ""
+    assert feet[1].endswith(" http://127.0.0.1:6006/") and cell_len(feet[1]) == 120
+    assert "http" not in feet[0] and " pause" in feet[0]
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     views = [RunView(write(tmp_path / stage, healthy(1, steps=20))) for stage in ("warmup", "gad")]
     for view in views:
@@ -160,6 +169,37 @@ def test_a_run_without_steps_says_that_it_waits(tmp_path: Path, content: bytes, 
     view.poll()
     assert "wait" in text_of(view, *size)
     assert why_lines(view, 0.0)[1:]
+
+
+def test_a_starting_run_shows_its_plan_and_for_how_long_it_has_been_starting(tmp_path: Path) -> None:
+    plan = {"rows": {"kept": 384}, "steps": {"total": 96, "critic_only": 10}, "tokens_per_step": {"prompts": 4},
+            "models": {"student": 134_500_000, "critic": 0}, "world_size": 2, "device": "cpu", "engine": "vllm",
+            "unusual": ["no --reward-model: scores are noise"]}  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    view = RunView(tmp_path)
+    view.poll()
+    began = (tmp_path / "plan.json").stat().st_mtime
+    text = "\n".join(line.plain for line in screen_lines(view, 60, 20, began + 12))
+    for words in ("step 0/96", "workers are starting · 12 s", "96 steps of 4 prompts, 384 rows", "the critic alone",
+                  "student 134.5M", "scores are noise"):  # fmt: skip
+        assert words in text, f"{words!r} is missing in\n{text}"
+    later = "\n".join(line.plain for line in screen_lines(view, 60, 20, began + 3600))
+    assert "missing" in later.splitlines()[0] and "workers" not in later, "an hour of nothing is no start"
+    for broken in ("[1]", "{", '{"steps": 3}'):
+        (tmp_path / "plan.json").write_text(broken)
+        assert screen_lines(view, 60, 20, time.time())
+
+
+def test_a_resumed_run_is_starting_and_not_what_it_ended_as(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", healthy(1, steps=20))
+    view = RunView(folder)
+    view.poll()
+    assert view.log.state(time.time()).kind == "done"
+    (folder / "plan.json").write_text("{}")  # what a resume writes first
+    os.utime(folder / "metrics.jsonl", (time.time() - 60,) * 2)
+    assert view.log.state(time.time()).kind == "starting"
+    os.utime(folder / "metrics.jsonl", (time.time() + 1,) * 2)  # its first record is there
+    assert view.log.state(time.time()).kind == "done"
 
 
 def test_a_dead_run_says_so(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def _show(views: Sequence[RunView], once: bool) -> int:
     console = Console(highlight=False)
     going = views[0].log.state(time.time()).kind in ("running", "starting")
     if console.is_terminal and not once:
-        return _live(views, console)
+        return _live(views)
     if once or not going or len(views) > 1:
         height = max(20, console.height - 1) if console.is_terminal else 40 * max(1, len(views) // 2)
         picture = render_runs(views, console.width, height, time.time())
@@ -98,18 +98,14 @@ def _follow(view: RunView) -> int:
         view.log.poll()
 
 
-def _live(views: Sequence[RunView], console: object) -> int:
+def _live(views: Sequence[RunView]) -> int:
     """The live picture; the terminal is restored on signals too, and none of them touches the run."""
     import errno
     import signal
     import sys
     import time
 
-    from rich.console import Console
-
     from gadcli.dashboard import watch
-
-    assert isinstance(console, Console)
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -123,7 +119,7 @@ def _live(views: Sequence[RunView], console: object) -> int:
     handled = (signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, leave) for number in handled]
     try:
-        watch(views, over, console=console)
+        watch(views, over)
     except KeyboardInterrupt:
         pass  # the viewer's usual way out: nothing was interrupted but the picture
     except OSError as error:

@@ -29,14 +29,18 @@ def live(
     should_stop: Callable[[], bool],
     *,
     notice: Callable[[], str] | None = None,
+    link: str = "",
     console: Console | None = None,
 ) -> Reason:
     """Show one run until `should_stop()` says so ("stopped") or the reader presses q ("quit").
 
-    `notice` is one line for the header, e.g. "saving…". The caller owns the signals; whatever ends this, by an
+    `notice` is one line for the header, e.g. "saving…", `link` an address for the footer. The caller owns the
+    signals; whatever ends this, by an
     exception too, the terminal is restored first.
     """
-    return watch([RunView(run_dir)], should_stop, notice=notice, console=console)
+    view = RunView(run_dir)
+    view.link = link
+    return watch([view], should_stop, notice=notice, console=console)
 
 
 def watch(
@@ -47,7 +51,9 @@ def watch(
     console: Console | None = None,
 ) -> Reason:
     """The same for several runs at once."""
-    console = console or Console()
+    if console is None:
+        # COLUMNS and LINES tell the size at the shell's start; a picture that follows resizes asks the terminal.
+        console = Console(_environ={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")})
     with keyboard(sys.stdin) as read_key:
         for view in views:
             view.notice, view.interactive = notice, read_key is not None

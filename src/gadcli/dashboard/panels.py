@@ -19,13 +19,39 @@ def side_column(view: RunView, width: int, rows: int) -> list[Text]:
     left = rows - events
     lines = why_panel(view, width, left - 6) if left >= 14 else []
     lines += sample_lines(view, width, min(left - len(lines), max(6, (left - len(lines)) * 3 // 5)))
-    best = view.best_scored()
-    if best is not None and left - len(lines) >= 5:
+    best, shown = view.best_scored(), view.sample()
+    if best is not None and (shown is None or best != shown[2]) and left - len(lines) >= 5:
         lines.append(Text())
         lines += one_sample(best, "best-scored answer", width, left - len(lines))
     if events > 1 and rows - len(lines) > events:
         lines.append(Text())
     return [*lines, *event_lines(view, width, rows - len(lines))]
+
+
+def waiting_lines(view: RunView, width: int, rows: int, now: float) -> list[Text]:
+    """Before the first step: what it waits for, for how long, and what is planned."""
+    state = view.log.state(now)
+    what = f"{view.log.path} does not exist yet" if state.kind == "missing" else state.text
+    if state.kind == "starting" and view.log.begun:
+        what = f"{state.text.partition(',')[0]} · {duration(max(0.0, now - view.log.begun))}"
+    lines = [
+        Text.assemble("waiting for the first step: ", (what or "no step yet", "bold" if view.log.begun else "dim"))
+    ]
+    plan = view.plan()
+    try:
+        steps, tokens, models, ranks = plan["steps"], plan["tokens_per_step"], plan["models"], plan["world_size"]
+        told = [("plan", f"{steps['total']} steps of {tokens['prompts']} prompts, {plan['rows']['kept']} rows"
+                 + (f"; the critic alone for {steps['critic_only']}" if steps["critic_only"] else "")),
+                ("models", ", ".join(f"{name} {number(float(size))}" for name, size in models.items() if size)
+                 + f" · {ranks} process{'es' * (ranks != 1)} on {plan['device']}, sampler {plan['engine']}"),
+                *(("unusual", str(text)) for text in plan["unusual"])]  # fmt: skip
+    except (KeyError, TypeError, AttributeError, ValueError):
+        told = []
+    for name, text in told:
+        for i, piece in enumerate(wrap(clean(text), width - 9, 3)):
+            lines.append(Text.assemble((f"{name if i == 0 else '':<8} ", "dim"), piece))
+    lines += event_lines(view, width, rows - len(lines))
+    return [fit(line, width) for line in lines[: max(1, rows)]]
 
 
 def why_panel(view: RunView, width: int, rows: int) -> list[Text]:

@@ -9,7 +9,7 @@ from rich.console import Group as Lines
 from rich.text import Text
 
 from gadcli.dashboard.draw import MARKS, STYLES, band_text, bar, chart, clean, duration, fit, pad, sparkline
-from gadcli.dashboard.panels import event_lines, sample_lines, share_rows, side_column, time_lines
+from gadcli.dashboard.panels import event_lines, sample_lines, share_rows, side_column, time_lines, waiting_lines
 from gadcli.dashboard.view import RunView
 from gadcli.metrics.health import Level, group_levels, number
 from gadcli.metrics.runlog import RunLog
@@ -59,11 +59,7 @@ def screen_lines(view: RunView, width: int, height: int, now: float) -> list[Tex
     room = height - len(lines) - len(foot)
     last = view.log.history.last
     if last is None:
-        waiting = {"missing": f"{view.log.path} does not exist yet"}.get(view.log.state(now).kind, "no step yet")
-        body = [
-            fit(Text(f"waiting for the first step: {waiting}", style="dim"), width),
-            *event_lines(view, width, room - 1),
-        ]
+        body = waiting_lines(view, width, room, now)
     elif width >= THREE_COLUMNS and room >= 12:
         side = (width - 2) // 3
         widths = [side, side, width - 2 - 2 * side]
@@ -109,6 +105,9 @@ def header(view: RunView, width: int, now: float) -> list[Text]:
 def progress(view: RunView, width: int, now: float) -> Text:
     """Step, bar, time left, pace."""
     last, planned = view.log.history.last, view.log.run.get("total_steps")
+    if last is None and planned is None:
+        steps = view.plan().get("steps")
+        planned = steps.get("total") if isinstance(steps, dict) else None
     total = planned if isinstance(planned, int) and planned > 0 else 0
     step = last.step if last else int(view.log.run.get("start_step") or 0)
     seconds = view.step_seconds()
@@ -152,9 +151,11 @@ def metric_line(view: RunView, name: str, width: int, level: Level, text: str | 
     bounds = metric(name).range_for(view.judge.facts.loss)
     _, values = view.series(name)
     label_width = min(LABEL_WIDTH, max(6, width - 11))
-    line = Text(f"{MARKS[level]} ", style=STYLES[level], no_wrap=True)
-    line.append_text(pad(Text(text or label(name)), label_width))
-    line.append(f"{number(view.log.latest(name)):>8} ")
+    # Only what is unhealthy is coloured throughout: on a healthy screen the numbers stay plain.
+    loud = STYLES[level] if level in ("warn", "bad") else ""
+    line = Text(no_wrap=True).append(f"{MARKS[level]} ", style=STYLES[level])
+    line.append_text(pad(Text(text or label(name), style=loud), label_width))
+    line.append(f"{number(view.log.latest(name)):>8} ", style=loud)
     band = band_text(bounds)
     room = width - line.cell_len - (BAND_WIDTH if width >= 50 else 0) - 1
     if room >= 4 and values:
@@ -243,6 +244,8 @@ def footer(view: RunView, width: int) -> Text:
             line.append(f" {key} ", style="reverse").append(f" {what} " if what else " ", style="dim")
         if line.cell_len <= width:
             break
+    if view.link and line.cell_len + len(view.link) + 2 <= width:
+        line.append(" " * (width - line.cell_len - len(view.link)) + view.link, style="dim")
     return fit(line, width)
 
 

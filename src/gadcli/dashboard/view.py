@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from gadcli.metrics.diagnose import Judge
 from gadcli.metrics.health import Verdict, median
-from gadcli.metrics.runlog import RunLog
+from gadcli.metrics.runlog import PLAN_FILE, RunLog
 from gadcli.metrics.samples import Sample, SampleTail
 from gadcli.metrics.table import GROUPS, METRICS, Group, metric
 
@@ -25,6 +27,7 @@ class RunView:
         self.sample_back = 0
         self.paused = False
         self.interactive = False
+        self.link = ""
         self.notice: Callable[[], str] | None = None
         self._name = ""
         self._series: dict[str, tuple[list[int], list[float]]] = {}
@@ -72,6 +75,14 @@ class RunView:
         hidden = {"actor/teacher_pg_loss"}  # actor/sft_loss by its older name
         names = [n for n in present - hidden if metric(n).group == group and not n.startswith("timing_s/")]
         return sorted(names, key=rank)
+
+    def plan(self) -> Mapping[str, Any]:
+        """The run's plan.json; {} where there is none that can be read."""
+        try:
+            found = json.loads((self.run_dir / PLAN_FILE).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def elapsed(self) -> float:
         """Seconds from the newest start to its last record; 0 where the log does not tell."""

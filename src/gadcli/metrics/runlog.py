@@ -17,6 +17,7 @@ from gadcli.metrics.history import History, StepRecord
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 STATUS_FILE = "status.json"
+PLAN_FILE = "plan.json"
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 8 << 20
@@ -25,6 +26,8 @@ FULL_READ_BYTES = 12 << 20
 CHUNKS, CHUNK_BYTES = 900, 8192
 HEAD_BYTES, TAIL_BYTES = 128 << 10, 768 << 10
 SILENT_AFTER_S = 600.0
+STARTING_S = 600.0
+"""For so long after its plan was written a run may have nothing to say: imports, and models being fetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +268,9 @@ class RunLog:
     def state(self, now: float) -> RunState:
         """Whether the run goes on, ended, or died, from its records and status.json (`now`: epoch seconds)."""
         status = read_status(self.run_dir)
+        # A resume, too, leaves its earlier end behind. By the files' own times: in a copied folder all are new.
+        if now - self.begun < STARTING_S and self.begun > max(map(self._written, (METRICS_FILE, STATUS_FILE))):
+            return RunState("starting", "its workers are starting")
         if self.end is not None:
             code = self.end.get("code")
             message = str(self.end.get("message") or "")
@@ -283,6 +289,17 @@ class RunLog:
             age = now - max(status.time, self.last_time)
             return RunState("silent", f"on {status.host}, nothing written for {age / 60:.0f} min")
         return RunState(status.state, f"{status.phase}, pid {status.pid} on {status.host}")
+
+    @property
+    def begun(self) -> float:
+        """When this launch wrote its plan, which is the first thing it does (epoch seconds, 0 without one)."""
+        return self._written(PLAN_FILE)
+
+    def _written(self, name: str) -> float:
+        try:
+            return (self.run_dir / name).stat().st_mtime
+        except OSError:
+            return 0.0
 
     @property
     def last_time(self) -> float:

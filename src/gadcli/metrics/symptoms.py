@@ -45,7 +45,7 @@ Rule = Callable[[Signals, RunFacts], Diagnosis | None]
 def saturated_ranking(s: Signals, facts: RunFacts) -> Diagnosis | None:
     """1: the ranking loss has no gradient left (loss 1e-6, d_acc 1.0, gap 15.5)."""
     gap = _raw_gap(s)
-    if not (s.now("critic/d_loss") < 1e-4 and s.now("critic/d_acc") >= 0.99 and not gap < 5):
+    if not (s.now("critic/d_loss") < 1e-4 and s.now("critic/d_acc") >= 0.97 and not gap < 5):
         return None
     grad = s.now("critic/grad_norm")
     if grad > 0.01:
@@ -56,7 +56,7 @@ def saturated_ranking(s: Signals, facts: RunFacts) -> Diagnosis | None:
     spread = facts.values != "last"
     return Diagnosis(
         "saturated_ranking", "the discriminator's ranking loss is saturated", "bad", certainty,
-        known([s.evidence("critic/d_loss", lambda v: v < 1e-3), s.evidence("critic/d_acc", lambda v: v >= 0.99),
+        known([s.evidence("critic/d_loss", lambda v: v < 1e-3), s.evidence("critic/d_acc", lambda v: v >= 0.97),
                s.evidence("critic/grad_norm", lambda v: v < 0.01),
                s.evidence("critic/student_value_mean", lambda v: True),
                s.evidence("critic/teacher_value_mean", lambda v: True)]),

@@ -152,16 +152,19 @@ class LiveDisplay(Display):
         self._plain: PlainDisplay | None = None
         self._held: list[str] = []
         self._muted = False
+        self._link = ""
 
     def inform(self, text: str) -> None:
+        if text.startswith("TensorBoard http"):
+            self._link = text.split()[1]  # the line scrolls away behind the picture; its address stays in the footer
         self.notice(text)
 
     def start(self) -> None:
         from gadcli.dashboard import live
 
         self._thread = threading.Thread(
-            target=live, args=(self.run_dir, self._over.is_set), kwargs={"notice": self._latest_notice},
-            name="dashboard", daemon=True,
+            target=live, args=(self.run_dir, self._over.is_set), name="dashboard", daemon=True,
+            kwargs={"notice": self._latest_notice, "link": self._link},
         )  # fmt: skip
         self._thread.start()
 
