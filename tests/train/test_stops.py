@@ -160,6 +160,23 @@ def test_want_of_memory_ends_with_6_and_names_the_knob(
     assert "micro_batch_tokens" in record["hint"] and "kv_cache_gb" in record["hint"]
 
 
+def test_a_full_disk_under_any_file_of_the_run_is_6_though_even_the_record_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real error of a real full device; and a run's folder in which nothing can be created."""
+
+    def fails(run_dir: Path, resume: bool) -> int:
+        with open("/dev/full", "wb", buffering=0) as file:
+            return file.write(b"x")
+
+    monkeypatch.setattr(worker, "train", fails)
+    assert worker.guarded(tmp_path, False) == 6
+    record = json.loads((tmp_path / "logs" / "rank_0.exit.json").read_text())
+    assert record["message"].startswith("disk full") and "intact" in record["hint"]
+    (tmp_path / "file").write_text("")
+    assert worker.guarded(tmp_path / "file", False) == 6  # logs/ cannot be made below a file
+
+
 def test_another_error_of_the_same_kinds_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(run_dir: Path, resume: bool) -> int:
         raise ValueError("a bug")
