@@ -59,6 +59,7 @@ def _sample_share(run: Run) -> list[dict[str, Any]]:
     sampling = Sampling.of(run.cfg.rollout, run.cfg.data.max_response_length, n=1)
     seeds = [request_seed(EVAL_SEED, 0, row.row_id) for row in data]
     answers = [group[0] for group in run.sampler.generate([row.prompt_ids for row in data], sampling, seeds)]
+    run.sampler.rest()
     scores: list[list[float | None]] = [[None, None]] * len(data)
     if run.maybe_critic is not None:
         groups = [
