@@ -48,6 +48,8 @@ def saves_in_background(wanted: str, device: str) -> bool:
 
 def collect(run: Run, *, wait: bool = False) -> None:
     """Take note of a save in the background that has ended; raises what it raised, on all ranks in the same step."""
+    if wait and run.saver.busy:
+        run.on_phase("save", run.progress.step)  # in which bytes written are progress
     saved = run.saver.take(wait=wait)
     if saved is not None:
         text = f"saved {saved.path.name} in {saved.seconds:.1f} s, {saved.blocked_s:.1f} s of them in the way"
