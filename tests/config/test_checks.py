@@ -33,7 +33,11 @@ def judge(stage: str, *overrides: str, world_size: int = 1, preset: str | None =
         ("gad", ["critic.ppo_mini_batch_size=48"], 1, "critic.ppo_mini_batch_size is 48", "ppo_mini_batch_size=32"),
         ("gad", ["actor.ppo_mini_batch_size=2"], 4, "4 processes cannot share", "actor.ppo_mini_batch_size=0"),
         ("gad", ["fsdp.replicate=3"], 4, "divide the 4 processes", "fsdp.replicate=1"),
-        ("gad", ["rollout.tensor_parallel_size=2"], 4, "not supported yet", "rollout.tensor_parallel_size=1"),
+        ("gad", ["rollout.tensor_parallel_size=3"], 4, "divide the 4 processes of a machine", "parallel_size=1"),
+        # 4 processes on 2 machines: an engine of 4 would span both
+        ("gad", ["rollout.tensor_parallel_size=4", "trainer.nnodes=2"], 4, "divide the 2 processes", "size=1"),
+        ("gad", ["rollout.tensor_parallel_size=2", "rollout.engine=hf"], 4, "on every process alone", "size=1"),
+        ("gad", ["rollout.sleep=true", "trainer.device=cpu"], 1, "it needs both", "rollout.sleep=false"),
         ("gad", ["actor.model.num_layers=2"], 1, "would run all of its layers", "actor.model.num_layers=0"),
         ("gad", ["actor.model.lora.dropout=0.1"], 1, "differ by chance", "actor.model.lora.dropout=0"),
         ("gad", ["critic.model.lora.dropout=0.1"], 1, "score differently", "critic.model.lora.dropout=0"),
@@ -72,6 +76,22 @@ def test_a_refusal_says_where_the_value_was_written(tmp_path: Path) -> None:
     resolved = resolve("gad", config_file=file)
     with pytest.raises(ConfigError, match=f"{file}:2: rollout.n is 1"):
         check(resolved.config, 1, resolved.origins)
+
+
+def test_an_engine_spans_ranks_that_split_the_students_heads(tmp_path: Path) -> None:
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 90,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 9,
+        "vocab_size": 9,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    model = f"actor.model.path={tmp_path}"
+    with pytest.raises(ConfigError, match="does not divide the student's 9 heads") as refused:
+        judge("gad", model, "rollout.tensor_parallel_size=2", world_size=4)
+    assert refused.value.hint == "rollout.tensor_parallel_size=1"
+    judge("gad", model, "rollout.tensor_parallel_size=3", "data.train_batch_size=126", world_size=6)
 
 
 def test_the_limit_itself_fits() -> None:

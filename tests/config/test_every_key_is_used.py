@@ -13,18 +13,11 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import gadcli
 from gadcli.algo.discriminator import NUMBERS
 from gadcli.config import schema
-from gadcli.config.checks import check
-from gadcli.config.resolve import resolve
-from gadcli.errors import ConfigError
 
 SOURCE = Path(gadcli.__path__[0])
-# Refused away from its default until something acts on it: key -> a value that is refused.
-REFUSED = {"rollout.tensor_parallel_size": "2"}
 
 
 def leaves(cls: type, prefix: str = "", section: str = "") -> Iterator[tuple[str, str, type]]:
@@ -83,24 +76,17 @@ def numbers_of_losses() -> set[str]:
 
 
 def ignored(root: type) -> list[str]:
-    known = numbers_of_losses() | REFUSED.keys()
+    known = numbers_of_losses()
     return [key for key, section, cls in leaves(root) if key not in known and not is_read(key, section, cls)]
 
 
-def test_every_key_is_read_or_refused() -> None:
+def test_every_key_is_read() -> None:
     assert ignored(schema.GadConfig) == []
 
 
 def test_the_numbers_of_each_discriminator_loss_are_its_section() -> None:
     in_schema = {key for key, section, _ in leaves(schema.GadConfig) if section in NUMBERS}
     assert in_schema == numbers_of_losses()
-
-
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_key_that_nothing_acts_on_is_refused(key: str) -> None:
-    resolved = resolve("gad", overrides=[f"{key}={REFUSED[key]}"])
-    with pytest.raises(ConfigError, match="not supported yet"):
-        check(resolved.config, 4, resolved.origins)
 
 
 def test_a_key_that_nobody_reads_would_be_caught() -> None:

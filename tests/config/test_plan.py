@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gadcli.config.memory import GIB, Setting, estimate
+from gadcli.config.memory import GIB, LOGITS_CHUNK, Setting, estimate
 from gadcli.config.modelinfo import model_shape
 from gadcli.config.plan import Plan, count_steps, make_plan
 from gadcli.config.resolve import resolve
 from gadcli.errors import ConfigError, DataError
 
+ROOT = Path(__file__).resolve().parents[2]
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
@@ -148,7 +150,8 @@ def test_sharding_divides_what_is_resident() -> None:
     "override",
     [
         "actor.model.lora.rank=64", "fsdp.offload_critic=true", "fsdp.offload_reference=true",
-        "rollout.gpu_memory_utilization=0.3", "actor.use_kl_loss=false", "actor.model.train_layers=4",
+        "rollout.gpu_memory_utilization=0.3", "rollout.sleep=true", "actor.use_kl_loss=false",
+        "actor.model.train_layers=4",
     ],
 )  # fmt: skip
 def test_each_advice_lowers_the_training_peak(override: str) -> None:
@@ -170,6 +173,33 @@ def test_the_vllm_share_of_a_gpu_covers_its_weights_and_cache() -> None:
     estimated = memory("gad", "rollout.gpu_memory_utilization=0.5", world_size=8)
     share = 0.5 * 79.6 * GIB
     assert estimated.sampler_weights + estimated.kv_cache == pytest.approx(share, abs=1.01 * GIB)
+
+
+def test_a_sleeping_sampler_leaves_training_its_share_and_waits_in_host_memory() -> None:
+    awake, asleep = memory("gad", world_size=8), memory("gad", "rollout.sleep=true", world_size=8)
+    assert awake.training_peak - asleep.training_peak == pytest.approx(awake.sampler_weights + awake.kv_cache)
+    assert asleep.rollout_peak == awake.rollout_peak
+    assert asleep.host_ram - awake.host_ram == pytest.approx(8 * asleep.sampler_weights)
+
+
+def test_seqkd_without_held_out_rows_has_no_sampler() -> None:
+    without, with_rows = memory("seqkd"), memory("seqkd", "data.val_rows=16")
+    assert without.sampler_weights == without.kv_cache == 0 and with_rows.sampler_weights > 0
+
+
+def test_logits_alive_at_once_are_what_the_head_computes() -> None:
+    source = (ROOT / "src/gadcli/engine/head.py").read_text()
+    (line,) = [line for line in source.splitlines() if line.startswith("CHUNK_LOGITS = ")]
+    assert eval(line.partition("=")[2].partition("#")[0]) == LOGITS_CHUNK
+
+
+def test_saving_in_the_background_copies_weights_and_moments() -> None:
+    gpu = [memory("gad", f"trainer.async_save={how}", world_size=8) for how in ("auto", "never")]
+    copied = sum(model.resident for model in (gpu[0].actor, gpu[0].critic) if model is not None)
+    assert gpu[0].host_ram - gpu[1].host_ram == pytest.approx(8 * copied)
+    assert gpu[0].training_peak == gpu[1].training_peak
+    cpu = [memory("gad", f"trainer.async_save={how}", device="cpu") for how in ("always", "auto")]
+    assert cpu[0].training_peak > cpu[1].training_peak
 
 
 def test_checkpoints_hold_weights_and_moments_and_one_more_while_writing() -> None:

@@ -23,7 +23,7 @@ from engine.sampler_checks import MAX_TOKENS, PROMPTS, SEEDS, check_draws, check
 from engine.training import environment
 from gadcli.config.schema import RolloutConfig
 from gadcli.engine.dist import World
-from gadcli.engine.environment import engine_variables
+from gadcli.engine.environment import engine_variables, free_port
 from gadcli.engine.rollout import Sampling
 from gadcli.engine.rollout_hf import HfSampler
 
@@ -116,3 +116,25 @@ def test_vllm_draws_by_seed_alone_and_runs_the_weights_it_was_given(model_path: 
     assert_draws(found["draws"])
     assert_sync(found["sync"])
     assert found["environment_kept"]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_an_engine_get_the_answers_to_their_own_prompts(model_path: str, tmp_path: Path) -> None:
+    """rollout.tensor_parallel_size=2 with the real engine: weights split over two ranks, requests of both in one."""
+    pytest.importorskip("vllm")
+    script = Path(__file__).with_name("team_checks.py")
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        store = {"GAD_STORE_FILE": str(tmp_path / "store"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env = environment() | engine_variables() | place | store
+        log = (tmp_path / f"log.{rank}").open("wb")
+        command = [sys.executable, str(script), model_path, str(tmp_path / "found")]
+        ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    for rank, process in enumerate(ranks):
+        process.wait(280)
+        assert (tmp_path / f"found.{rank}").exists(), (tmp_path / f"log.{rank}").read_text()[-3000:]
+    found = [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(2)]
+    assert [(f["groups"], f["answers"]) for f in found] == [(2, 8), (3, 12)]
+    for one in found:
+        assert one["probe"] < 1e-4 and one["logp_difference"] < 1e-4

@@ -117,3 +117,19 @@ def test_a_worker_that_its_launcher_starts_again_resumes(tmp_path: Path, monkeyp
     assert lifetime.with_resume(words, tmp_path) == words  # another rank's first start
     monkeypatch.setattr(lifetime, "agent_key", lambda: "another launcher")
     assert lifetime.with_resume(words, tmp_path) == words  # a new launch over an old folder
+
+
+def test_a_rank_that_ended_with_6_and_no_word_is_not_called_a_bug(tmp_path: Path) -> None:
+    found = judge([RankEnd(0, 6, 1.0)], tmp_path, NO_STOP)
+    assert found.code == 6 and "out of disk or memory" in found.message and "--resume" in found.hint
+
+
+def test_workers_on_cpus_start_with_an_allocator_that_gives_tensors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What glibc reads at a process's start must be in the environment it is started with; the user's word stands."""
+    monkeypatch.setattr(environment, "gpu_count", lambda: 0)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert environment.base_env(1, one_node=True)["MALLOC_MMAP_THRESHOLD_"] == "1048576"
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    assert environment.base_env(1, one_node=True)["MALLOC_MMAP_THRESHOLD_"] == "65536"
+    monkeypatch.setattr(environment, "gpu_count", lambda: 8)
+    assert "TORCHDYNAMO_DISABLE" not in environment.engine_variables()

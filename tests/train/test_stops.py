@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,21 +29,29 @@ from gadcli.train.build import build_run, close_run
 from gadcli.train.run import Run
 
 SETTINGS = ["trainer.total_steps=3", "trainer.critic_warmup=0", "trainer.test_freq=1", "trainer.save_freq=1",
-            "data.train_batch_size=2", "rollout.n=2", "data.max_response_length=4", "trainer.device=cpu"]  # fmt: skip
+            "data.train_batch_size=2", "rollout.n=2", "trainer.device=cpu"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def process_as_it_was() -> Iterator[None]:
     """A run sets signal handlers, variables and a process group."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     handlers, variables = {n: signal.getsignal(n) for n in numbers}, dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    os.environ.clear()
-    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(variables)
+
+
+@pytest.fixture(autouse=True)
+def left_as_it_was() -> Iterator[None]:
+    with process_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,8 @@ def to_the_end(run: Run) -> None:
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    to_the_end(begin(run_dir, inputs))
+    with process_as_it_was():
+        to_the_end(begin(run_dir, inputs))
     return run_dir
 
 
@@ -142,7 +152,9 @@ def no_cache() -> None:
 
 
 def no_share() -> None:
-    raise ValueError("Free memory on device cuda:0 (1.2/79.6 GiB) on startup is less than desired GPU memory …")
+    raise ValueError(
+        "Free memory on device cuda:0 (1.2/79.6 GiB) on startup is less than desired GPU memory utilization …"
+    )
 
 
 def cuda() -> None:
@@ -158,6 +170,23 @@ def test_want_of_memory_ends_with_6_and_names_the_knob(
     record = json.loads((tmp_path / "logs" / "rank_0.exit.json").read_text())
     assert record["code"] == 6 and record["message"].startswith("out of memory")
     assert "micro_batch_tokens" in record["hint"] and "kv_cache_gb" in record["hint"]
+
+
+def test_a_full_disk_under_any_file_of_the_run_is_6_though_even_the_record_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real error of a real full device; and a run's folder in which nothing can be created."""
+
+    def fails(run_dir: Path, resume: bool) -> int:
+        with open("/dev/full", "wb", buffering=0) as file:
+            return file.write(b"x")
+
+    monkeypatch.setattr(worker, "train", fails)
+    assert worker.guarded(tmp_path, False) == 6
+    record = json.loads((tmp_path / "logs" / "rank_0.exit.json").read_text())
+    assert record["message"].startswith("disk full") and "intact" in record["hint"]
+    (tmp_path / "file").write_text("")
+    assert worker.guarded(tmp_path / "file", False) == 6  # logs/ cannot be made below a file
 
 
 def test_another_error_of_the_same_kinds_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,13 +138,28 @@ class Checker:
             hint = "the discriminator must be of the student's family, with the same tokenizer"
             self.fail("critic.model.path", f"student and critic have different vocabularies: {difference}", hint)
 
+    def tensor_parallel(self) -> None:
+        """One engine spans ranks of one machine, and splits the student's heads evenly."""
+        cfg, key = self.cfg, "rollout.tensor_parallel_size"
+        size, here = cfg.rollout.tensor_parallel_size, self.world_size // cfg.trainer.nnodes
+        if size == 1:
+            return
+        if cfg.rollout.engine == "hf":
+            self.fail(key, f"{key} is {size}, but rollout.engine=hf samples on every process alone", f"{key}=1")
+        if here % size:
+            self.fail(key, f"{key} is {size}, which does not divide the {here} processes of a machine", f"{key}=1")
+        config = read_model_config(cfg.actor.model.path) or {}
+        heads = (config.get("text_config") or config).get("num_attention_heads")
+        if heads is not None and heads % size:
+            fits = max(n for n in range(1, size) if heads % n == 0 and here % n == 0)
+            self.fail(key, f"{key} is {size}, which does not divide the student's {heads} heads", f"{key}={fits}")
+
     def unsupported(self) -> None:
         """Settings that nothing would act on, or that would act wrongly: refused, not ignored."""
         cfg = self.cfg
-        size = cfg.rollout.tensor_parallel_size
-        if size > 1:
-            message = f"rollout.tensor_parallel_size is {size}, which is not supported yet: every process has an engine"
-            self.fail("rollout.tensor_parallel_size", message, "rollout.tensor_parallel_size=1")
+        if cfg.rollout.sleep and (cfg.trainer.device == "cpu" or cfg.rollout.engine == "hf"):
+            message = "rollout.sleep gives the GPU memory of vLLM back: it needs both"
+            self.fail("rollout.sleep", message, "rollout.sleep=false")
         if cfg.actor.model.num_layers:
             message = "actor.model.num_layers cuts the student, but the sampler would run all of its layers"
             self.fail("actor.model.num_layers", message, "actor.model.num_layers=0 (critic.model.num_layers is fine)")
@@ -271,6 +286,7 @@ def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None
     checker.division()
     checker.lengths()
     checker.trainer()
+    checker.tensor_parallel()
     checker.unsupported()
     checker.roles()
     checker.layers()

@@ -79,6 +79,8 @@ def ways(cfg: GadConfig, setting: Setting) -> Iterator[dict[str, Any]]:
     if setting.device == "cuda":
         if cfg.actor.use_kl_loss and not cfg.actor.model.lora.rank:
             yield {"fsdp.offload_reference": True}
+        if setting.engine == "vllm":
+            yield {"rollout.sleep": True}
         yield from ({"rollout.gpu_memory_utilization": share} for share in smaller_shares(cfg, setting))
     else:
         yield {"rollout.kv_cache_gb": 0.25}

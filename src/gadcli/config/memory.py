@@ -15,10 +15,10 @@ from gadcli.config.schema import FsdpConfig, GadConfig, ModelConfig
 GIB = 2**30
 FP32 = 4
 ADAM_BYTES = 8  # two float32 moments a trainable weight
-LOGITS_CHUNK = 32 * 2**20  # scalars of logits alive at once, as the head has it
+LOGITS_CHUNK = 8 * 2**20  # scalars of logits alive at once, as engine.head has it (a test compares them)
 LOGITS_COPIES = 4  # logits, log-softmax, probabilities and their gradient
 KV_CPU_RANGE = (2**28, 2**30)  # what the sampler takes on CPU when rollout.kv_cache_gb is 0
-RUNTIME = {"cpu": 1.0 * GIB, "cuda": 1.2 * GIB}  # torch, transformers, what malloc keeps; CUDA context, NCCL buffers
+RUNTIME = {"cpu": 0.55 * GIB, "cuda": 1.2 * GIB}  # torch, transformers, data; CUDA context, NCCL buffers
 ENGINE_RUNTIME = {"cpu": 0.7 * GIB, "cuda": 1.0 * GIB}  # vLLM beside weights and KV cache
 HOST_PER_GPU_PROCESS = 5 * GIB
 
@@ -221,18 +221,38 @@ def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
     return _peaks(cfg, setting, actor, reference, critic)
 
 
+@dataclass(frozen=True)
+class SamplerMemory:
+    """The sampler's own copy of the weights, its KV cache, and what only a rollout takes."""
+
+    weights: float = 0.0
+    kv_cache: float = 0.0
+    rollout_only: float = 0.0
+    runtime: float = 0.0
+
+
+def estimate_sampler(cfg: GadConfig, setting: Setting) -> SamplerMemory:
+    """vLLM keeps its KV cache; transformers makes one in each rollout, beside every token's logits (twice)."""
+    if cfg.stage == "seqkd" and not (cfg.data.val_files or cfg.data.val_rows):
+        return SamplerMemory()  # nothing is sampled
+    itemsize = compute_bytes(cfg.actor.model, setting.device)
+    weights = setting.student.causal_params * itemsize / cfg.rollout.tensor_parallel_size
+    kv = kv_cache_bytes(cfg, setting, weights)
+    if setting.engine == "vllm":
+        return SamplerMemory(weights, kv, 0.0, ENGINE_RUNTIME[setting.device])
+    sequences = min(cfg.data.train_batch_size * cfg.rollout.n / setting.world_size, cfg.rollout.max_num_seqs)
+    logits = 2 * sequences * cfg.data.max_response_length * setting.student.vocab * FP32
+    return SamplerMemory(weights, 0.0, kv + logits)
+
+
 def _peaks(
     cfg: GadConfig, setting: Setting, actor: ModelMemory, reference: ModelMemory | None, critic: ModelMemory | None
 ) -> MemoryEstimate:
-    itemsize = compute_bytes(cfg.actor.model, setting.device)
     on_gpu = setting.device == "cuda"
-    own_weights = setting.engine == "vllm" or setting.world_size > 1
-    sampler = actor.parameters * itemsize / cfg.rollout.tensor_parallel_size if own_weights else 0.0
-    kv = kv_cache_bytes(cfg, setting, sampler)
-    runtime = RUNTIME[setting.device] + (ENGINE_RUNTIME[setting.device] if setting.engine == "vllm" else 0)
-
+    sampler = estimate_sampler(cfg, setting)
+    runtime = RUNTIME[setting.device] + sampler.runtime
     host = 0.0
-    resident = actor.resident + runtime + sampler + kv
+    resident = actor.resident + runtime
     for model, offloaded in ((reference, cfg.fsdp.offload_reference), (critic, cfg.fsdp.offload_critic)):
         if model is None:
             continue
@@ -249,9 +269,11 @@ def _peaks(
     updates = [actor.updating]
     if critic is not None:
         updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
+    sleeps = cfg.rollout.sleep and on_gpu
+    host += sampler.weights if sleeps else 0
     largest_tensor = setting.student.embedding_params * FP32
-    training_peak = resident + max(updates)
-    rollout_peak = resident + largest_tensor
+    training_peak = resident + max(updates) + (0 if sleeps else sampler.weights + sampler.kv_cache)
+    rollout_peak = resident + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
     local = setting.local_size or max(1, setting.world_size // cfg.trainer.nnodes)
     if on_gpu:  # every process reads the whole model into host memory before it keeps its shard
         host_ram = local * (HOST_PER_GPU_PROCESS + host + actor.parameters * FP32)
@@ -261,5 +283,6 @@ def _peaks(
     checkpoint = sum(model.parameters * FP32 + model.trainable * ADAM_BYTES for model in trained)
     kept = cfg.trainer.keep_last + bool(cfg.trainer.keep_best) + 1  # one more while the next is written
     return MemoryEstimate(
-        actor, reference, critic, sampler, kv, runtime, training_peak, rollout_peak, host_ram, checkpoint, kept
-    )
+        actor, reference, critic, sampler.weights, sampler.kv_cache, runtime, training_peak, rollout_peak, host_ram,
+        checkpoint, kept,
+    )  # fmt: skip

@@ -202,7 +202,8 @@ class RolloutConfig:
     )
     gpu_memory_utilization: float = opt(0.4, "share of a GPU that the sampler may take", min=0.05, max=0.95)
     enforce_eager: bool = opt(True, "no CUDA graphs; faster start, slower decoding on GPUs")
-    tensor_parallel_size: int = opt(1, "devices one engine spans", min=1)
+    tensor_parallel_size: int = opt(1, "devices one vLLM engine spans, within a machine", min=1)
+    sleep: bool = opt(False, "give the GPU memory back while training: vLLM's weights wait in host memory")
     sync_tolerance: float = opt(
         0.0,
         "largest probe difference in log-prob after a sync; 0 is 1e-3 in float32, and a mean of 0.02 in bfloat16",

@@ -186,6 +186,9 @@ def _failure(end: RankEnd, logs: Path, oom: bool) -> Outcome:
             log,
             tail,
         )
+    if end.status == ExitCode.RESOURCES:
+        message = f"rank {end.rank} ran out of disk or memory, and had no room left to say which"
+        return Outcome(end.code, message, f"df {logs}; then {RESUME_HINT}", end.rank, log, tail)
     return Outcome(
         end.code,
         f"rank {end.rank} ended with code {end.status} and left no word",

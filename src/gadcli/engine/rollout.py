@@ -54,6 +54,9 @@ class Sampler(ABC):
     def logprobs(self, ids: list[int]) -> list[float]:
         """Log-prob of each token of `ids` but the first, at temperature 1."""
 
+    def rest(self) -> None:  # noqa: B027  samplers that hold no memory to give back have nothing to do
+        """Sampling is over for this step: give memory back until the next call (rollout.sleep)."""
+
     @abstractmethod
     def close(self) -> None:
         """Give back what the sampler holds. The process group may be gone afterwards."""
@@ -79,6 +82,13 @@ def build_sampler(
         from gadcli.engine.rollout_vllm import VllmSampler
 
         return VllmSampler(cfg, model_path, world, eos_ids, compute, seed)
+    if cfg.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size is {cfg.tensor_parallel_size}, which needs vLLM, and that is not installed",
+            "pip install 'gadcli[cpu]' (or [gpu]), or rollout.tensor_parallel_size=1",
+        )
+    if cfg.sleep:
+        raise ConfigError("rollout.sleep is vLLM's, and this run samples with transformers", "rollout.sleep=false")
     from gadcli.engine.rollout_hf import HfSampler
 
     return HfSampler(cfg, model_path, world, eos_ids, compute)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from gadcli.config.schema import RolloutConfig
@@ -23,7 +24,7 @@ _CHANGED_BY_LLM = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
 
 
 class VllmSampler(Sampler):
-    """One vLLM engine a rank, without a server: `load` overwrites its weights in place."""
+    """One vLLM engine a rank (or a team of ranks), without a server: `load` overwrites its weights in place."""
 
     name = "vllm"
 
@@ -35,12 +36,16 @@ class VllmSampler(Sampler):
                 "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 before vLLM is imported",
                 "start training with `gad train`, which sets it",
             )
+        if cfg.sleep and world.device.type != "cuda":
+            raise ConfigError("rollout.sleep gives GPU memory back, and this run has no GPU", "rollout.sleep=false")
         logging.getLogger("vllm").addHandler(logging.NullHandler())
         with _unchanged_process_state():
             from vllm import LLM
 
             self.llm: Any = LLM(**_engine_arguments(cfg, model_path, world, dtype, seed))
         self.eos_ids = eos_ids
+        self._team = _my_team(cfg.tensor_parallel_size, world)
+        self._may_sleep, self._asleep = cfg.sleep, False
         self._beat_at_each_step()
 
     def _beat_at_each_step(self) -> None:
@@ -54,7 +59,18 @@ class VllmSampler(Sampler):
 
         engine.step = step_and_beat
 
+    def rest(self) -> None:
+        if self._may_sleep and not self._asleep:
+            self.llm.sleep(level=1)  # level 2 would lose weights that a critic-only step does not send again
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
+
     def load(self, model: nn.Module) -> None:
+        self._wake()
         sent: set[str] = set()
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
@@ -71,8 +87,19 @@ class VllmSampler(Sampler):
             raise SyncError("the sampler's prefix cache could not be cleared: it would answer with old weights")
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
+        if self._team is None:
+            return self._generate(prompts, sampling, seeds)
+        # Ranks that share an engine must ask it for the same, in the same order; each keeps its own answers.
+        asked: list[Any] = [None] * dist.get_world_size(self._team)
+        dist.all_gather_object(asked, (prompts, seeds), group=self._team)
+        answers = self._generate([p for ps, _ in asked for p in ps], sampling, [s for _, ss in asked for s in ss])
+        first = sum(len(ps) for ps, _ in asked[: dist.get_rank(self._team)])
+        return answers[first : first + len(prompts)]
+
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
         from vllm import SamplingParams
 
+        self._wake()
         params = [
             SamplingParams(
                 n=sampling.n,
@@ -93,6 +120,7 @@ class VllmSampler(Sampler):
     def logprobs(self, ids: list[int]) -> list[float]:
         from vllm import SamplingParams
 
+        self._wake()
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         (output,) = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
         return [at[token].logprob for token, at in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
@@ -104,6 +132,15 @@ class VllmSampler(Sampler):
         if core is not None:
             core.shutdown()
         del self.llm
+
+
+def _my_team(size: int, world: World) -> Any:
+    """The process group of the ranks that share this rank's engine, as vLLM pairs them: `size` consecutive ones."""
+    if size == 1:
+        return None
+    teams = [list(range(first, first + size)) for first in range(0, world.size, size)]
+    groups = [dist.new_group(team, backend="gloo") for team in teams]  # every rank makes every group
+    return groups[world.rank // size]
 
 
 def _engine_arguments(
@@ -124,6 +161,7 @@ def _engine_arguments(
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
         "trust_remote_code": False,
+        "enable_sleep_mode": cfg.sleep,
     }
     if world.device.type == "cpu":
         # A prompt prefilled in two parts makes vLLM rewind its request's generator, which CPU generators cannot do
@@ -145,7 +183,8 @@ def kv_cache_bytes(cfg: RolloutConfig, model_path: str, dtype: torch.dtype) -> i
 
     config = AutoConfig.from_pretrained(model_path)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+    kv_heads = max(1, config.num_key_value_heads // cfg.tensor_parallel_size)
+    token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
     wanted = token_bytes * cfg.max_model_len * cfg.max_num_seqs
     one_sequence = token_bytes * (cfg.max_model_len + 256)
     return max(one_sequence, min(max(wanted, 2**28), 2**30))

@@ -137,6 +137,7 @@ class Run:
         seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
         start = time.monotonic()
         rollout = Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))
+        self.sampler.rest()
         (tokens,) = sum_over_ranks([sum(rollout.lengths)])
         log.put("rollout/tokens_per_s", tokens / max(time.monotonic() - start, 1e-9))
         return rollout

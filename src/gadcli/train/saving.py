@@ -15,6 +15,7 @@ from gadcli.engine.checkpoint import load_checkpoint, load_rng, save_checkpoint
 from gadcli.engine.dist import World
 from gadcli.engine.manifest import read_trainer
 from gadcli.engine.state import model_state, optimizer_state, rng_state, set_rng_state
+from gadcli.train.steplog import StepLog
 
 if TYPE_CHECKING:
     from gadcli.train.run import Run
@@ -47,6 +48,8 @@ def saves_in_background(wanted: str, device: str) -> bool:
 
 def collect(run: Run, *, wait: bool = False) -> None:
     """Take note of a save in the background that has ended; raises what it raised, on all ranks in the same step."""
+    if wait and run.saver.busy:
+        run.on_phase("save", run.progress.step)  # in which bytes written are progress
     saved = run.saver.take(wait=wait)
     if saved is not None:
         text = f"saved {saved.path.name} in {saved.seconds:.1f} s, {saved.blocked_s:.1f} s of them in the way"
@@ -68,6 +71,7 @@ def _state_of(run: Run) -> dict[str, Any]:
             "data_fingerprint": run.train_data.fingerprint,
             "seed": run.cfg.trainer.seed,
             "batch_size": run.cfg.data.train_batch_size,
+            "synced_updates": run.synced_step,
         },
         "rng": rng_state(run.world.device),
         "assets": {name: _writer_of_assets(run, name, role.model) for name, role in roles.items()},
@@ -94,6 +98,9 @@ def restore(run: Run, path: Path) -> None:
         setattr(run.progress, key, trainer[key])
     if (rng := load_rng(path)) is not None:
         set_rng_state(rng, run.world.device)
+    if run.sampler is not None and trainer.get("synced_updates") == run.actor.optimizer.updates:
+        # The sampler had these weights already, so the next step would not sync, nor report a probe.
+        run.sync_sampler(run.progress.step, StepLog(run.progress.step))
     run.records.event("resume", f"resumed from {path.name}", step=run.progress.step)
 
 

@@ -6,6 +6,8 @@ Ends with a documented exit code, and leaves the same in `logs/rank_R.exit.json`
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -34,8 +36,9 @@ def main() -> None:
     for name, value in engine_variables().items():  # before torch and vllm are imported
         os.environ.setdefault(name, value)
     code = guarded(options.run_dir, options.resume)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk under the log
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Everything is written and closed; native libraries sometimes abort in their own teardown after that.
     os._exit(code)
 
@@ -49,8 +52,9 @@ def guarded(run_dir: Path, resume: bool) -> int:
     except KeyboardInterrupt:
         return _record(run_dir, int(ExitCode.INTERRUPTED), "Interrupted", "interrupted while loading", None)
     except BaseException as error:  # noqa: BLE001  the last boundary of this process: nothing may leave it unrecorded
-        traceback.print_exc()
-        known = _as_resource_error(error) or _as_peer_error(error)
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        known = _as_resource_error(error) or _as_full_disk(error) or _as_peer_error(error)
         if known is not None:
             return _record(run_dir, int(known.exit_code), type(known).__name__, known.message, known.hint)
         where = f"logs/rank_{_rank()}.log has the traceback"
@@ -116,6 +120,16 @@ def _as_resource_error(error: BaseException) -> ResourceError | None:
     )
 
 
+def _as_full_disk(error: BaseException) -> ResourceError | None:
+    """A disk that filled while something other than a checkpoint was written (a log, a sample); None for all else."""
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return ResourceError(
+        f"disk full: {error.strerror}{where}", "free some space and --resume; the last committed checkpoint is intact"
+    )
+
+
 def _as_peer_error(error: BaseException) -> PeerError | None:
     """What gloo, NCCL and the store raise when another rank is gone or silent; None for anything else."""
     import torch.distributed as dist
@@ -132,13 +146,16 @@ def _record_hang(run_dir: Path, message: str) -> None:
 
 
 def _record(run_dir: Path, code: int, kind: str, message: str, hint: str | None) -> int:
-    if code:
-        print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr)
-    path = run_dir / "logs" / f"rank_{_rank()}.exit.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"code": code, "kind": kind, "message": message, "hint": hint}))
-    os.replace(temporary, path)
+    """Leave the outcome for the parent and in the log; on a full disk the exit code alone must do."""
+    with contextlib.suppress(OSError):
+        if code:
+            print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        path = run_dir / "logs" / f"rank_{_rank()}.exit.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"code": code, "kind": kind, "message": message, "hint": hint}))
+        os.replace(temporary, path)
     return code
 
 
