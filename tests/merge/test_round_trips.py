@@ -6,7 +6,6 @@ One run (LoRA on both models) is enough: full weights at world sizes 1 to 3 are 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from engine.training import prepare, steps, train, write_inputs
+from engine.training import environment, prepare, steps, train, write_inputs
+from gadcli.engine.environment import engine_variables
 from gadcli.merge.pick import models_in
 from gadcli.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
 
@@ -74,7 +74,7 @@ def test_vllm_answers_as_transformers_does(merged: Path, inputs: Path) -> None:
     want = greedy(AutoModelForCausalLM.from_pretrained(merged / "actor"))
     assert want != greedy(AutoModelForCausalLM.from_pretrained(inputs / "model"))  # the update is in the fused weights
     words = [sys.executable, "-c", VLLM, str(merged / "actor"), json.dumps(PROMPTS), str(NEW)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    env = environment() | engine_variables()
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.split("FOUND", 1)[1]) == want

@@ -43,9 +43,10 @@ def read_ours(folder: Path, *, trust: bool = False) -> Source:
     tensors = _tensors(folder, index)
     assets = folder / "huggingface"
     source = Source(folder, "gad", tensors, assets if assets.is_dir() else None, lineage, integrity=integrity)
-    run = _run_settings(folder)
-    if run.get("path"):
-        lineage["base"] = str(run["path"])
+    run, saved = _run_settings(folder), assets / "adapter_config.json"
+    base = read_json(saved).get("base_model_name_or_path") if saved.is_file() else run.get("path")
+    if base:
+        lineage["base"] = str(base)
     if source.has_lora:
         source.lora = _lora_info(folder, run)
     return source
