@@ -82,6 +82,13 @@ def test_what_counts_as_rounding_grows_with_the_scores() -> None:
     assert metrics["critic/zero_std_fraction"].value == 0.0 and adv.abs().min() > 4e-7
 
 
+def test_equal_texts_with_small_scores_are_a_flat_group() -> None:
+    # One text at four places of a batch: a score of .01 is the sum of far larger terms and wanders by 2e-7.
+    group = torch.tensor([[0.01, 0.01 + 2e-7, 0.01 - 2e-7, 0.01]])
+    adv, metrics = advantages.group_advantages(group, "grpo")
+    assert adv.tolist() == [[0.0] * 4] and metrics["critic/zero_std_fraction"].value == 1.0
+
+
 def test_a_group_of_zeros_is_counted() -> None:
     assert advantages.group_advantages(torch.zeros(1, 4), "grpo")[1]["critic/zero_std_fraction"].value == 1.0
 

@@ -98,8 +98,35 @@ def test_d_acc_counts_a_tie_as_one_half() -> None:
     assert acc.value == 0.625 and acc.count == 4
 
 
+def check_rounding(module) -> None:
+    # The same text at two places of a batch: some 2e-7 apart at any score below 1, relative above; 1e-5 is a win.
+    t, s = (
+        torch.tensor([0.01, 0.01, 100.0, 100.0, 1.0]),
+        torch.tensor([0.01 + 2e-7, 0.01 - 2e-7, 100.00002, 99.99998, 1 - 1e-5]),
+    )
+    assert module.wins(t, s).tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
+
+
+def test_scores_within_rounding_are_a_tie() -> None:
+    check_rounding(scores)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<= ROUNDING * torch.maximum(t.abs(), s.abs()).clamp(min=1.0)", "<= 0"),
+        (".clamp(min=1.0)", ""),
+        ("ROUNDING * torch.maximum(t.abs(), s.abs()).clamp(min=1.0)", "ROUNDING"),
+        ("ROUNDING = 1e-6", "ROUNDING = 1e-4"),
+    ],
+)
+def test_mutants_of_the_tie_are_caught(old: str, new: str) -> None:
+    with pytest.raises(AssertionError):
+        check_rounding(mutated("scores", old, new))
+
+
 def test_d_acc_mutant_that_gives_ties_to_the_teacher_is_caught() -> None:
-    mutant = mutated("scores", "(t > s).float() + 0.5 * (t == s).float()", "(t >= s).float()")
+    mutant = mutated("scores", "torch.where(tie, 0.5, (t > s).float())", "(t >= s).float()")
     assert mutant.d_acc(torch.ones(2), torch.ones(2)).value != 0.5
 
 

@@ -12,6 +12,7 @@ from .mean import Mean, extreme_of, mean_of
 
 ESTIMATORS = ("grpo", "dr_grpo", "grpo_floor")
 EPSILON = 1e-6  # of the formula, in score units
+LEAST_NOISE = 5e-7  # what rounding does to small scores too: they are sums over hidden units of order 1
 
 
 def group_advantages(
@@ -36,7 +37,7 @@ def group_advantages(
     std_P = r_PG.std(-1) if group > 1 else r_PG.new_zeros(r_PG.shape[0])
     # Equal texts scored in different micro-batches differ in the last bits; divided by their own std (plus 1e-6)
     # those bits would become advantages.
-    noise_P = 8 * torch.finfo(torch.float32).eps * r_PG.abs().amax(-1)
+    noise_P = (8 * torch.finfo(torch.float32).eps * r_PG.abs().amax(-1)).clamp(min=LEAST_NOISE)
     flat_P = (r_PG.amax(-1) - r_PG.amin(-1)) <= noise_P
     if estimator == "grpo":
         adv_PG = centred_PG / (std_P + EPSILON)[:, None]

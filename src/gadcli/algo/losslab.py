@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .discriminator import Pairs, pair_losses
+from .scores import wins
 
 BOX = 8.0  # half-width of the first search box, in raw scores; grows eightfold
 WIDEST_BOX = 1e6
@@ -114,9 +115,8 @@ def stored(spec: LossSpec, t_raw: Sequence[float], s_raw: Sequence[float], t_len
     grad_t, grad_s = torch.autograd.grad(loss.sum(), (t, s))
     with torch.no_grad():
         norm_gap = (t / lt - s / ls).mean().item()
-        wins = (t > s).double() + 0.5 * (t == s).double()
         return Stored(len(t_raw), loss.mean().item(), torch.hypot(grad_t, grad_s).mean().item(),
-                      (t - s).mean().item(), norm_gap, wins.mean().item())  # fmt: skip
+                      (t - s).mean().item(), norm_gap, wins(t, s).mean().item())  # fmt: skip
 
 
 def rest(spec: LossSpec, *, t_len: float, s_len: float, accuracy: float = 1.0, spread: float = 0.0) -> Rest:

@@ -14,6 +14,7 @@ PER_ROW: dict[str, Callable[[Sample], float]] = {
     "val/exact_match": lambda sample: exact_match(sample.student, sample.teacher),
 }
 FRESH = "val/fresh_accuracy"
+ROUNDING = 1e-6  # of scores, as in training (algo.scores)
 MEANINGS = {
     "val/rouge_l": "overlap with the teacher's answer, word order counted (0-1)",
     "val/exact_match": "share of answers equal to the teacher's",
@@ -88,9 +89,14 @@ def model_report(answers: AnswerSet, fresh: bool, seed: int = 0) -> ModelReport:
 
 def d_acc(scores: Sequence[tuple[float, float]]) -> float:
     """Share of (student, teacher) scores whose teacher's is the higher; a tie counts one half."""
-    return sum(1.0 if teacher > student else 0.5 if teacher == student else 0.0 for student, teacher in scores) / len(
-        scores
-    )
+    return sum(_win(teacher, student) for student, teacher in scores) / len(scores)
+
+
+def _win(teacher: float, student: float) -> float:
+    """1, 0, or one half within rounding: the same text at two places of a batch differs in its last bits."""
+    if abs(teacher - student) <= ROUNDING * max(1.0, abs(teacher), abs(student)):
+        return 0.5
+    return float(teacher > student)
 
 
 def differences(one: AnswerSet, two: AnswerSet, seed: int = 0) -> list[Difference]:

@@ -139,6 +139,8 @@ def layout() -> dict[str, dict[str, list[Any]]]:
             "length": ["response_length/mean", "teacher_length/mean"],
             "truncated": ["response_length/clip_ratio"],
             "held out": ["val/rouge_l", "val/length_ratio", "val/length_auc"],
+            "probe scores": ["val/probe_teacher", "val/probe_start", "val/probe_student"],
+            "probe wins": ["val/probe_beats_.*"],
         },
         "engine": {
             "time": ["timing_s/.*"],

@@ -9,11 +9,13 @@ time. Answers are kept in `probe.jsonl`, a line a snapshot.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from gadcli.algo.scores import wins
 from gadcli.engine.dist import gather_objects
 from gadcli.engine.rollout import Sampling, request_seed
 from gadcli.train.steplog import StepLog
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 PROBE_FILE = "probe.jsonl"
 PROBE_ROWS = 64  # of the held-out rows, the first ones
 EARLIER = 3  # students in between that are scored again, spread over the run
-ROUNDING = 1e-5  # of scores, relative and absolute
 EVAL_SEED = 20251113  # not the run's: evaluations of any run and step then differ by the weights alone
 
 Snapshots = dict[int, dict[int, list[int]]]  # step -> held-out row -> token ids of the answer
@@ -127,11 +128,5 @@ def probe_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _wins(pairs: Sequence[tuple[float, float]]) -> float:
-    return statistics.fmean(_win(ours, theirs) for ours, theirs in pairs)
-
-
-def _win(ours: float, theirs: float) -> float:
-    """1, 0, or one half for a tie: the same text scored at two places of a batch differs in its last bits."""
-    if math.isclose(ours, theirs, rel_tol=ROUNDING, abs_tol=ROUNDING):
-        return 0.5
-    return float(ours > theirs)
+    ours, theirs = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    return float(wins(ours, theirs).mean())
