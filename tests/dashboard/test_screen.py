@@ -76,6 +76,12 @@ def test_a_healthy_run_shows_no_advice(good: RunView) -> None:
     assert "why ·" not in text_of(good, 160, 45)
 
 
+def test_why_says_that_a_few_steps_are_too_few(tmp_path: Path) -> None:
+    view = RunView(write(tmp_path / "run", healthy(1, steps=3)))
+    view.poll()
+    assert "only 3 steps yet: collapses show from 8 on" in why_lines(view, 0.0)[1]
+
+
 def test_a_wide_screen_of_a_collapsed_run_says_why_with_evidence_cause_and_cure(collapsed: RunView) -> None:
     text = text_of(collapsed, 160, 45)
     for word in (

@@ -35,8 +35,7 @@ def live(
     """Show one run until `should_stop()` says so ("stopped") or the reader presses q ("quit").
 
     `notice` is one line for the header, e.g. "saving…", `link` an address for the footer. The caller owns the
-    signals; whatever ends this, by an
-    exception too, the terminal is restored first.
+    signals; whatever ends this, by an exception too, the terminal is restored first.
     """
     view = RunView(run_dir)
     view.link = link

@@ -9,7 +9,7 @@ from typing import Any
 from gadcli.dashboard.draw import MARKS
 from gadcli.dashboard.view import RunView
 from gadcli.metrics.health import Verdict, group_levels
-from gadcli.metrics.symptoms import Diagnosis
+from gadcli.metrics.symptoms import FEWEST_STEPS, Diagnosis
 
 RESUME = "the same command with --resume goes on from the last checkpoint"
 
@@ -27,13 +27,20 @@ def why_lines(view: RunView, now: float) -> list[str]:
         lines.append(f"{view.log.bad_lines} lines of {view.log.path.name} could not be read and were passed over")
     faults = [d for d in view.judge.diagnoses if d.level != "info"]
     if not faults:
-        lines.append(f"{MARKS['ok']} nothing is unhealthy in its metrics" if last else "nothing to judge yet")
+        lines.append(_all_well(len(view.log.history)))
     for place, found in enumerate(faults, start=1):
         lines += _block(f"{place}. {MARKS['bad' if found.level == 'bad' else 'warn']}", found)
     for found in view.judge.diagnoses:
         if found.level == "info":
             lines += _block(f"{MARKS['quiet']} note:", found)
     return lines
+
+
+def _all_well(steps: int) -> str:
+    if not steps:
+        return "nothing to judge yet"
+    early = f" (only {steps} steps yet: collapses show from {FEWEST_STEPS} on)" if steps < FEWEST_STEPS else ""
+    return f"{MARKS['ok']} nothing is unhealthy in its metrics{early}"
 
 
 def _block(mark: str, found: Diagnosis) -> list[str]:

@@ -197,6 +197,7 @@ class WandbSink:
                 "run `wandb login`, or set WANDB_MODE=offline, or leave wandb out of trainer.logger",
             ) from None
         self._working = True
+        self.note = _where(self._run, folder)
         # W&B refuses to go back in its own step, so ours is the x axis, and a resume simply draws on.
         self._run.define_metric("*", step_metric="step")
 
@@ -252,6 +253,13 @@ def _begin(wandb: Any, folder: Path, given: Mapping[str, Any]) -> Any:
         log.warning("W&B cannot be reached (%s), so it runs offline; %s", type(error).__name__, sync)
         wandb.teardown()  # its service still holds the run's id
         return init("offline")
+
+
+def _where(run: Any, folder: Path) -> str:
+    """Where this run's numbers are, for the run's own records: a rank's log is not where a user looks."""
+    if run.offline:
+        return f"W&B runs offline; upload later with: wandb sync {folder / 'wandb'}/offline-*"
+    return f"W&B: {run.url}"
 
 
 def own_id(folder: Path, fresh: bool) -> str:

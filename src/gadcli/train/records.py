@@ -51,15 +51,15 @@ class Records:
             sink.hparams(flat(dataclasses.asdict(cfg)))
             self.sinks.append(sink)
         if "wandb" in cfg.trainer.logger:
-            self.sinks.append(
-                WandbSink(
-                    run_dir,
-                    project="gad",
-                    name=cfg.trainer.exp_name,
-                    config=flat(dataclasses.asdict(cfg)),
-                    fresh=start_step == 0,
-                )
+            wandb = WandbSink(
+                run_dir,
+                project="gad",
+                name=cfg.trainer.exp_name,
+                config=flat(dataclasses.asdict(cfg)),
+                fresh=start_step == 0,
             )
+            self.writer.event("wandb", wandb.note, step=start_step)
+            self.sinks.append(wandb)
 
     def run(self, **info: Any) -> None:
         if self.writer is not None:
