@@ -282,6 +282,24 @@ def test_21_a_corrupt_page_costs_its_row_group_and_no_other(write: Write, tmp_pa
     assert findings[0]["row_group"] == 1
 
 
+def test_21_a_value_that_points_outside_its_dictionary_is_a_corrupt_page() -> None:
+    """As flipped bytes leave dictionary columns; Arrow hands them over, and decoding them failed as a bug of ours."""
+    from gadcli.data.reading import check_dictionaries
+
+    def array(*at: int | None) -> pa.Array:
+        return pa.DictionaryArray.from_arrays(pa.array(at, pa.int32()), pa.array(["user", "q"]), safe=False)
+
+    check_dictionaries(array(0, 1, None))
+    check_dictionaries(array(None))
+    for wrong in (array(0, 2), array(-1)):
+        nested = pa.ListArray.from_arrays(
+            pa.array([0, len(wrong)], pa.int32()), pa.StructArray.from_arrays([wrong], ["role"])
+        )
+        for outside in (wrong, nested):
+            with pytest.raises(pa.ArrowInvalid, match="outside its dictionary"):
+                check_dictionaries(outside)
+
+
 def bombs(folder: Path) -> list[Path]:
     """Small files that unfold to 160 MB: one value in one page, and the same without the ratio in the footer."""
     one = pa.table({"content": [user("q")], "teacher_response": pa.array(["x" * 160_000_000], pa.large_string())})

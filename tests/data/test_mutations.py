@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from data_rows import good_rows
@@ -58,12 +59,15 @@ def mutate(source: str, folder: Path, first: int, count: int) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["snappy.parquet", "zstd.parquet", "plain.parquet", "rows.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["snappy.parquet", "zstd.parquet", "plain.parquet", "dictionary.parquet", "rows.jsonl"]
+)
 def test_mutated_files_end_in_documented_exit_codes(name: str, write: Callable[..., str], tmp_path: Path) -> None:
     options = {
         "snappy.parquet": {},
         "zstd.parquet": {"compression": "zstd", "data_page_version": "2.0", "row_group_size": 40},
         "plain.parquet": {"compression": "none", "use_dictionary": False, "write_page_checksum": True},
+        "dictionary.parquet": {"types": (None, pa.dictionary(pa.int32(), pa.string()))},
         "rows.jsonl": {},
     }[name]
     out = mutate(write(good_rows(100), name, **options), tmp_path, 0, 60)

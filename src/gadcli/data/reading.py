@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gadcli.data.arrays import whole_numbers
 from gadcli.data.files import FileInfo, JsonFault, json_lines, parse_line
 from gadcli.data.findings import Finding
 from gadcli.data.parquet_pages import Column, PageError, chunk_pages, read_columns
@@ -67,6 +68,8 @@ def _read_group(
                 batch = next(batches, None)
             if batch is None:
                 break
+            for column in batch.columns:
+                check_dictionaries(column)
             content, teacher = (batch.column(batch.schema.get_field_index(c)) for c in columns)
             yield RawChunk(info.path, group, row, content, teacher, batch if with_extras else None)
             row += batch.num_rows
@@ -79,6 +82,19 @@ def _read_group(
     if missing:
         message = f"row group {group} declares {missing} more rows than it holds"
         yield Finding("page_corrupt", info.path, message, group)
+
+
+def check_dictionaries(array: pa.Array) -> None:
+    """Raises ArrowInvalid where a value points outside its dictionary: Arrow reads damaged indexes as they are."""
+    if pa.types.is_dictionary(array.type):
+        at = whole_numbers(array.indices.cast(pa.int64()), null=0)
+        if len(at) > array.null_count and not (at.min() >= 0 and at.max() < len(array.dictionary)):
+            raise pa.ArrowInvalid("a value points outside its dictionary")
+    elif pa.types.is_struct(array.type):
+        for i in range(array.type.num_fields):
+            check_dictionaries(array.field(i))
+    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        check_dictionaries(array.values)
 
 
 def _short(error: Exception) -> str:

@@ -66,9 +66,15 @@ class EncodedPrompts:
         return np.asarray(sums + np.fromiter((fixed[id(p)] for p in self.plans), np.int64, len(self.plans)), np.int64)
 
     def ids(self, j: int) -> list[int]:
-        encodings = iter(self.encodings[self.firsts[j] :])
-        parts = (p if isinstance(p, list) else next(encodings).ids for p in self.plans[j].parts)
-        return list(chain.from_iterable(parts))
+        out: list[int] = []
+        at = int(self.firsts[j])
+        for part in self.plans[j].parts:
+            if isinstance(part, list):
+                out += part
+            else:
+                out += self.encodings[at].ids
+                at += 1
+        return out
 
     def keep(self, kept: list[int]) -> EncodedPrompts:
         return EncodedPrompts([self.plans[j] for j in kept], self.firsts[kept], self.encodings)
