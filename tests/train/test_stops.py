@@ -31,6 +31,8 @@ from gadcli.train.run import Run
 SETTINGS = ["trainer.total_steps=3", "trainer.critic_warmup=0", "trainer.test_freq=1", "trainer.save_freq=1",
             "data.train_batch_size=2", "rollout.n=2", "trainer.device=cpu"]  # fmt: skip
 
+CANARY = "canary-4711-0815"
+
 
 @contextmanager
 def process_as_it_was() -> Iterator[None]:
@@ -75,8 +77,15 @@ def to_the_end(run: Run) -> None:
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with process_as_it_was():
-        to_the_end(begin(run_dir, inputs))
+        os.environ["HF_TOKEN"] = os.environ["WANDB_API_KEY"] = CANARY
+        to_the_end(begin(run_dir, inputs, "trainer.logger=[console,tensorboard]"))
     return run_dir
+
+
+def test_a_secret_of_the_environment_is_in_no_file_of_a_run(whole: Path) -> None:
+    files = [path for path in whole.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files) and any(path.name == "MANIFEST.json" for path in files)
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 def send_in(run: Run, phase: str, number: int) -> None:
