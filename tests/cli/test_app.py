@@ -185,6 +185,13 @@ def test_a_reader_that_leaves_is_no_error(rows: int) -> None:
     assert child.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
+def test_an_output_that_is_full_is_exit_6() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*GAD, "-h"], env=ENV, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 6
+    assert done.stderr.splitlines() == ["error: the output: No space left on device", "hint: free some space"]
+
+
 def test_help_is_quick() -> None:
     # The promise is 0.3 s on an idle machine; CPU time does not depend on what else runs, clocks of busy hosts do.
     best = float("inf")

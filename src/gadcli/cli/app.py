@@ -14,6 +14,7 @@ attribute is either a `typer.Typer` (a group, or a single command) or a plain fu
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -28,7 +29,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from gadcli.errors import ExitCode, GadError
+from gadcli.errors import ExitCode, GadError, ResourceError
 
 MAX_ERROR_LINES = 4
 TYPER_COMPLETION = ("install_completion", "show_completion")  # options that a group's own Typer adds by default
@@ -224,7 +225,17 @@ def dispatch(words: list[str], debug: bool) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001  the boundary
-        return report_bug(error, debug)
+        return report(full_disk(error), debug) if is_full_disk(error) else report_bug(error, debug)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk(error: BaseException) -> ResourceError:
+    """What a command says that could not write, its own output included."""
+    where = getattr(error, "filename", None) or "the output"
+    return ResourceError(f"{where}: {os.strerror(getattr(error, 'errno', None) or errno.ENOSPC)}", "free some space")
 
 
 def run(args: Sequence[str]) -> int:
@@ -237,6 +248,11 @@ def run(args: Sequence[str]) -> int:
         # The reader (`| head`) left. Point stdout at nothing, so that the flush at exit is quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:  # the last flush
+        if not is_full_disk(error):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return report(full_disk(error), debug=False)
 
 
 def main() -> None:
