@@ -98,7 +98,7 @@ def test_curves_are_drawn_into_a_png(capsys: pytest.CaptureFixture[str], tmp_pat
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["nowhere"], 3, "not a run's folder"),
+        (["nowhere"], 2, "there is no run nowhere"),
         (["synthetic", "--loss", "v9"], 2, "v9"),
         (["synthetic", "critic.final.score=1"], 2, "critic.final.score"),
     ],
@@ -108,6 +108,11 @@ def test_errors_name_what_is_wrong(
 ) -> None:
     got, out, err = losslab(capsys, *words)
     assert got == code and message in err and out == ""
+
+
+def test_a_folder_that_holds_no_run_is_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = losslab(capsys, str(tmp_path))
+    assert code == 3 and "not a run's folder" in err and out == ""
 
 
 def test_a_run_refuses_foreign_numbers_and_unknown_steps(
