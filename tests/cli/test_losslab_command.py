@@ -110,6 +110,11 @@ def test_errors_name_what_is_wrong(
     assert got == code and message in err and out == ""
 
 
+def test_a_folder_that_holds_no_run_is_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = losslab(capsys, str(tmp_path))
+    assert code == 3 and "not a run's folder" in err and out == ""
+
+
 def test_a_run_refuses_foreign_numbers_and_unknown_steps(
     capsys: pytest.CaptureFixture[str], finished_run: Path
 ) -> None:
