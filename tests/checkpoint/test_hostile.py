@@ -6,6 +6,7 @@ planting, so that the refusal is the reader's and not the hash's.
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
@@ -101,6 +102,41 @@ def test_a_payload_in_a_non_tensor_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_checkpoint(path, "actor", state())
     assert not (tmp_path / "executed").exists()
+
+
+class EnumsByName(pickle.Pickler):
+    """As Python 3.11.2 pickles the member of an enum: getattr(kind, name)."""
+
+    def reducer_override(self, value: object) -> object:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def pickled_by_name(value: object) -> bytes:
+    EnumsByName(out := io.BytesIO()).dump(value)
+    return out.getvalue()
+
+
+def test_a_checkpoint_of_an_older_python_reads_the_same(tmp_path: Path) -> None:
+    metadata = save(tmp_path, 1) / "actor" / ".metadata"
+    index = read_dcp_index(metadata.parent)
+    metadata.write_bytes(pickled_by_name(pickle.loads(metadata.read_bytes())))
+    assert b"getattr" in metadata.read_bytes()
+    assert read_dcp_index(metadata.parent) == index
+
+
+def test_getattr_looks_nothing_up(tmp_path: Path) -> None:
+    metadata = save(tmp_path, 1) / "actor" / ".metadata"
+    meta = pickle.loads(metadata.read_bytes())
+    (entry,) = [value for name, value in meta.state_dict_metadata.items() if name == "w"]
+
+    class Reached:
+        def __reduce__(self) -> tuple:
+            return getattr, (entry, "properties")  # of an object, not of an enum's class
+
+    meta.planner_data = Reached()
+    metadata.write_bytes(pickle.dumps(meta))
+    with pytest.raises(CheckpointError, match="getattr of something that is no enum"):
+        read_dcp_index(metadata.parent)
 
 
 @pytest.mark.parametrize(

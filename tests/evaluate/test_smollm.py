@@ -31,6 +31,7 @@ def test_the_cache_follows_its_environment_variable(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("GAD_CACHE", str(tmp_path))
     assert smollm.cache_folder() == tmp_path
     monkeypatch.delenv("GAD_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert smollm.cache_folder() == tmp_path / ".cache" / "gad"
 

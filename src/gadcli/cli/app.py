@@ -225,7 +225,15 @@ def dispatch(words: list[str], debug: bool) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001  the boundary
-        return report(full_disk(error), debug) if is_full_disk(error) else report_bug(error, debug)
+        if not is_full_disk(error):
+            return report_bug(error, debug)
+        drop_output()
+        return report(full_disk(error), debug)
+
+
+def drop_output() -> None:
+    """Point stdout at nothing, so that the flush at exit is quiet too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -245,13 +253,12 @@ def run(args: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # The reader (`| head`) left. Point stdout at nothing, so that the flush at exit is quiet too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # the reader (`| head`) left
         return EXIT_BROKEN_PIPE
     except OSError as error:  # the last flush
         if not is_full_disk(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return report(full_disk(error), debug=False)
 
 

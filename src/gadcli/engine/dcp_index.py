@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gadcli.engine.safe_load import DTYPES, Inert, inert, load_pickle
+from gadcli.engine.safe_load import DTYPES, Inert, enum_member, inert, load_pickle
 from gadcli.errors import CheckpointError
 
 _CLASSES = {
@@ -63,6 +63,8 @@ def _resolve(module: str, name: str) -> Any:
         return tuple
     if (module, name) == ("torch.serialization", "_get_layout"):
         return lambda layout: layout
+    if (module, name) == ("builtins", "getattr"):
+        return enum_member
     if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath", "PurePosixPath"):
         return inert("Path")
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,8 @@ class VllmSampler(Sampler):
         with _unchanged_process_state():
             from vllm import LLM
 
+            if cfg.tensor_parallel_size > 1 and world.device.type == "cpu":
+                _own_shared_memory()
             self.llm: Any = LLM(**_engine_arguments(cfg, model_path, world, dtype, seed))
         self.eos_ids = eos_ids
         self._team = _my_team(cfg.tensor_parallel_size, world)
@@ -141,6 +144,17 @@ def _my_team(size: int, world: World) -> Any:
     teams = [list(range(first, first + size)) for first in range(0, world.size, size)]
     groups = [dist.new_group(team, backend="gloo") for team in teams]  # every rank makes every group
     return groups[world.rank // size]
+
+
+def _own_shared_memory() -> None:
+    """vLLM's CPU build names a team's shared memory by its ranks alone. What a killed run left, or another run of this
+    machine has, would be met ("create shm in SHMManager failed. errno: 17"): the names get a word of this run's."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    word = [uuid.uuid4().hex[:12]]
+    dist.broadcast_object_list(word, src=0)
+    plain = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{plain(communicator)}-{word[0]}")
 
 
 def _engine_arguments(

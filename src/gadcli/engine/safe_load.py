@@ -91,6 +91,16 @@ def inert(name: str) -> type[Inert]:
     return type(name, (Inert,), {})
 
 
+def enum_member(kind: Any, name: Any) -> Inert:
+    """What Python 3.11.2 pickles an enum's member as, getattr(kind, name): a stand-in, nothing is looked up.
+
+    Raises pickle.UnpicklingError where `kind` is not a stand-in class itself.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Inert) and isinstance(name, str)):
+        raise pickle.UnpicklingError("getattr of something that is no enum")
+    return kind(name)
+
+
 class _AllowListUnpickler(pickle._Unpickler):
     def __init__(self, stream: IO[bytes], resolve: Resolver, where: str, persistent: Callable[[Any], Any] | None):
         super().__init__(stream)
