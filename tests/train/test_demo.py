@@ -61,5 +61,5 @@ def test_a_demo_killed_in_gad_goes_on_and_ends_with_the_table(env: dict[str, str
 
     third = demo(folder, env)
     again, err = third.communicate(timeout=60)
-    assert third.returncode == 0 and again == out
+    assert third.returncode == 0 and again.startswith("Held-out results") and out.endswith(again)
     assert "gad train" not in err

@@ -59,8 +59,8 @@ def test_the_demo_itself_goes_down_as_the_notes_say(tmp_path: Path) -> None:
     assert "The health rules name it: the score gap runs off without bound (runaway_gap)" in done.stdout
     steps = [r["metrics"] for r in records(tmp_path / "demo" / "collapse") if r["type"] == "step"]
     lengths = [metrics["response_length/mean"] for metrics in steps]
-    assert lengths[0] > 15 and max(lengths[-5:]) < 3  # tokens; the teacher's are 27 on average
-    assert steps[-1]["critic/score_diff"] > 5 > 1 > abs(steps[0]["critic/score_diff"])
+    assert lengths[0] > 30 and max(lengths[-5:]) < 10  # tokens; the teacher's are 27 on average
+    assert max(metrics["critic/score_diff"] for metrics in steps) > 5 > 1 > abs(steps[0]["critic/score_diff"])
 
 
 @pytest.mark.parametrize("words", [["--collapse", "v9"], ["--collapse", "v1", "--quick"]])

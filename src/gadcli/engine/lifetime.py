@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import hashlib
 import os
 import runpy
 import signal
@@ -62,7 +63,9 @@ def agent_key() -> str:
 
 
 def _start_note(logs: Path) -> Path:
-    return logs / f"started_{socket.gethostname()}_{os.environ.get('LOCAL_RANK', '0')}"
+    """One for each launcher and place in it: two launchers of one machine both have a local rank 0."""
+    launcher = hashlib.sha256(agent_key().encode()).hexdigest()[:12]
+    return logs / f"started_{launcher}_{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def started_before(logs: Path) -> bool:
@@ -71,10 +74,7 @@ def started_before(logs: Path) -> bool:
     torch's launcher repeats the words of the first start, and its TORCHELASTIC_RESTART_COUNT stays 0 on machines that
     only follow another's restart.
     """
-    try:
-        return _start_note(logs).read_text() == agent_key()
-    except OSError:
-        return False
+    return _start_note(logs).exists()
 
 
 def with_resume(words: list[str], logs: Path) -> list[str]:

@@ -26,13 +26,13 @@ DWARF = [
     "actor.model.train_layers=0", "critic.model.num_layers=0", "rollout.engine=hf", "data.max_response_length=64",
     "actor.micro_batch_tokens=8192", "critic.micro_batch_tokens=8192", "data.val_rows=32",
 ]  # fmt: skip
-# Long enough for answers of the teacher's length that end by themselves: lengths can then fall, and be seen to.
-FIRST_WORDS = ["actor.optim.lr=3e-3", "trainer.total_steps=40"]
+# Short: a student that any discriminator can tell apart, whose scores are soon negative, so that every token costs it.
+FIRST_WORDS = ["actor.optim.lr=3e-3", "trainer.total_steps=12"]
 RUIN = {
     "v1": [
         "critic.loss=v1", "critic.values=all",
         "critic.optim.lr=2e-3", "trainer.critic_warmup=20",  # far too fast, and long alone: the gap runs off
-        "actor.optim.lr=1e-3", "trainer.total_steps=60",
+        "actor.optim.lr=5e-4", "trainer.total_steps=75",  # slow enough not to swing the game about
     ]
 }  # fmt: skip
 
