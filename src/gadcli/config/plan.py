@@ -200,7 +200,7 @@ class Plan:
         if not self.elsewhere:
             return []
         counts = " or ".join(", ".join(map(str, CLUSTERS)).rsplit(", ", 1))
-        lines = wrap("on GPUs", f"this machine has none; of {counts} GPUs of 80 GB each would hold, in bfloat16", width)
+        lines = wrap("on GPUs", f"this machine has none; each of {counts} GPUs of 80 GB would hold, in bfloat16", width)
         lines += holding_table(self.elsewhere, LABEL_WIDTH + 4)
         for holding in self.elsewhere:
             if holding.advice is not None:
