@@ -25,8 +25,14 @@ from gadcli.train.parent_stages import warn
 
 QUICK = {
     "seqkd": ["trainer.total_steps=3", "data.train_batch_size=8", "data.val_rows=16"],
-    "warmup": ["trainer.total_steps=2", "trainer.critic_warmup=2", "data.train_batch_size=2", "data.val_rows=16"],
-    "gad": ["trainer.total_steps=2", "data.train_batch_size=2", "data.val_rows=16"],
+    "warmup": [
+        "trainer.total_steps=1",
+        "trainer.critic_warmup=1",
+        "data.train_batch_size=2",
+        "rollout.n=4",
+        "data.val_rows=16",
+    ],
+    "gad": ["trainer.total_steps=2", "data.train_batch_size=1", "rollout.n=4", "data.val_rows=16"],
     "control": ["data.train_batch_size=8", "data.val_rows=16"],
 }
 HELD_OUT = "data.val_rows=200"
