@@ -86,7 +86,9 @@ def render(results: list[StageResult], merged: Path) -> str:
     console.print(verdict(gad, seqkd, control))
     for index in pick_three(gad):
         console.print(side_by_side(results, index))
-    console.print(f"\nThe student is in {merged}: a Hugging Face folder. Serve it with `vllm serve {merged}`.")
+    # Not `vllm serve`: that command of the CPU wheel looks for a distribution named vllm, and ends.
+    serve = f"python -m vllm.entrypoints.openai.api_server --model {merged}"
+    console.print(f"\nThe student is in {merged}: a Hugging Face folder. Serve it with `{serve}`.")
     console.print(
         f"Look at the game again: `gad monitor --once {merged.parent / 'gad'}`, `gad why {merged.parent / 'gad'}`."
     )
