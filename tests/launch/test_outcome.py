@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,24 @@ def test_workers_on_cpus_start_with_an_allocator_that_gives_tensors_back(monkeyp
     assert environment.base_env(1, one_node=True)["MALLOC_MMAP_THRESHOLD_"] == "65536"
     monkeypatch.setattr(environment, "gpu_count", lambda: 8)
     assert "TORCHDYNAMO_DISABLE" not in environment.engine_variables()
+
+
+def test_where_bytecode_may_not_lie_beside_the_sources_workers_keep_it_in_our_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each start compiles torch and vLLM anew. What a real child writes, and where."""
+    monkeypatch.setenv("GAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "a_module.py").write_text("x = 1\n")
+    env = environment.base_env(1, one_node=True) | {"PYTHONPATH": str(tmp_path / "sources")}
+    subprocess.run([sys.executable, "-c", "import a_module"], env=env, check=True)
+    assert [path.suffix for path in (tmp_path / "sources").rglob("*") if path.is_file()] == [".py"]
+    assert [path.name.split(".")[0] for path in (tmp_path / "cache" / "bytecode").rglob("a_module*")] == ["a_module"]
+
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "/elsewhere")
+    assert environment.base_env(1, one_node=True)["PYTHONPYCACHEPREFIX"] == "/elsewhere"
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX")
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
+    assert "PYTHONPYCACHEPREFIX" not in environment.base_env(1, one_node=True)

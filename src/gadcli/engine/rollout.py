@@ -63,11 +63,18 @@ class Sampler(ABC):
 
 
 def build_sampler(
-    cfg: RolloutConfig, model_path: str, world: World, *, eos_ids: list[int], dtype: str, seed: int
+    cfg: RolloutConfig,
+    model_path: str,
+    world: World,
+    *,
+    eos_ids: list[int],
+    dtype: str,
+    seed: int,
+    weights: bool = True,
 ) -> Sampler:
     """The sampler that `rollout.engine` asks for; `auto` takes vLLM where it is installed.
 
-    `model_path` is a Hugging Face folder; its weights are a start, `load` brings today's.
+    `model_path` is a Hugging Face folder. Without `weights` vLLM does not read its weights: `load` must come first.
     """
     engine = cfg.engine
     if engine == "auto":
@@ -81,7 +88,7 @@ def build_sampler(
             )
         from gadcli.engine.rollout_vllm import VllmSampler
 
-        return VllmSampler(cfg, model_path, world, eos_ids, compute, seed)
+        return VllmSampler(cfg, model_path, world, eos_ids, compute, seed, weights=weights)
     if cfg.tensor_parallel_size > 1:
         raise ConfigError(
             f"rollout.tensor_parallel_size is {cfg.tensor_parallel_size}, which needs vLLM, and that is not installed",

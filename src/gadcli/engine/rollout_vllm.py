@@ -30,7 +30,15 @@ class VllmSampler(Sampler):
     name = "vllm"
 
     def __init__(
-        self, cfg: RolloutConfig, model_path: str, world: World, eos_ids: list[int], dtype: torch.dtype, seed: int
+        self,
+        cfg: RolloutConfig,
+        model_path: str,
+        world: World,
+        eos_ids: list[int],
+        dtype: torch.dtype,
+        seed: int,
+        *,
+        weights: bool = True,
     ) -> None:
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
             raise ConfigError(
@@ -45,7 +53,8 @@ class VllmSampler(Sampler):
 
             if cfg.tensor_parallel_size > 1 and world.device.type == "cpu":
                 _own_shared_memory()
-            self.llm: Any = LLM(**_engine_arguments(cfg, model_path, world, dtype, seed))
+            arguments = _engine_arguments(cfg, model_path, world, dtype, seed)
+            self.llm: Any = LLM(**arguments, load_format="auto" if weights else "dummy")
         self.eos_ids = eos_ids
         self._team = _my_team(cfg.tensor_parallel_size, world)
         self._may_sleep, self._asleep = cfg.sleep, False

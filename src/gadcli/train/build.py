@@ -62,8 +62,14 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     eos_ids = [eos_id_of(tokenizer)]
     sampler = None
     if cfg.stage != "seqkd" or val_data is not None:
-        sampler = build_sampler(
-            cfg.rollout, actor_path, world, eos_ids=eos_ids, dtype=cfg.actor.model.dtype, seed=cfg.trainer.seed
+        sampler = build_sampler(  # every rollout follows a sync, so the folder's weights need not be read again
+            cfg.rollout,
+            actor_path,
+            world,
+            eos_ids=eos_ids,
+            dtype=cfg.actor.model.dtype,
+            seed=cfg.trainer.seed,
+            weights=False,
         )
         stop.install()
     row = train_data[0]

@@ -7,6 +7,7 @@ a demo that was killed goes on where it stopped.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gadcli.data.smollm import ensure_demo_model
+from gadcli.engine.environment import with_bytecode
 from gadcli.engine.manifest import latest_valid, read_trainer
 from gadcli.errors import CheckpointError, ExitCode, GadError
 from gadcli.metrics.record import METRICS_FILE
@@ -23,17 +25,12 @@ from gadcli.train.parent import StageRequest, run_stage
 from gadcli.train.parent_display import say
 from gadcli.train.parent_stages import warn
 
+QUICK_EVERYWHERE = ["data.val_rows=12", "rollout.kv_cache_gb=0.25"]
 QUICK = {
-    "seqkd": ["trainer.total_steps=3", "data.train_batch_size=8", "data.val_rows=16"],
-    "warmup": [
-        "trainer.total_steps=1",
-        "trainer.critic_warmup=1",
-        "data.train_batch_size=2",
-        "rollout.n=4",
-        "data.val_rows=16",
-    ],
-    "gad": ["trainer.total_steps=2", "data.train_batch_size=1", "rollout.n=4", "data.val_rows=16"],
-    "control": ["data.train_batch_size=8", "data.val_rows=16"],
+    "seqkd": ["trainer.total_steps=3", "data.train_batch_size=8"],
+    "warmup": ["trainer.total_steps=1", "trainer.critic_warmup=1", "data.train_batch_size=2", "rollout.n=4"],
+    "gad": ["trainer.total_steps=2", "data.train_batch_size=1", "rollout.n=4"],
+    "control": ["data.train_batch_size=8"],
 }
 HELD_OUT = "data.val_rows=200"
 UNENDING = "trainer.total_steps=100000"
@@ -96,7 +93,7 @@ class Demo:
         data = {"data.train_files": f"[{self.folder / 'data' / 'train.parquet'}]",
                 "data.val_files": f"[{self.folder / 'data' / 'test.parquet'}]"}  # fmt: skip
         words = [f"{key}={value}" for key, value in {**data, **models}.items()] + [HELD_OUT, *extra]
-        words += QUICK[name] if self.quick else []
+        words += QUICK[name] + QUICK_EVERYWHERE if self.quick else []
         flags = {"trainer.output_dir": str(self.folder), "trainer.exp_name": name}
         resume = folders.can_resume(folder) and latest_valid(folder, lambda line: None, deep=False) is not None
         force = folder.exists() and not resume
@@ -128,7 +125,7 @@ class Demo:
 
     def _process(self, module: str, *words: str) -> None:
         """Run a module in a process of its own, so that this one stays small; its errors have been told by then."""
-        done = subprocess.run([sys.executable, "-m", module, *words], check=False,
+        done = subprocess.run([sys.executable, "-m", module, *words], check=False, env=with_bytecode(dict(os.environ)),
                               stdout=subprocess.DEVNULL if self.quiet else sys.stderr)  # fmt: skip
         if done.returncode:
             error = GadError(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from gadcli.engine.environment import engine_variables
@@ -64,6 +66,17 @@ def guarded(run_dir: Path, resume: bool) -> int:
     return _record(run_dir, code, "Interrupted" if number else "Done", message, "--resume goes on" if number else None)
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection while modules and models load: of their million objects it would find none to free."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def train(run_dir: Path, resume: bool) -> int:
     """Run the stage that DIR/config.yaml describes; returns the number of the signal that stopped it, else 0."""
     from gadcli.config.resolve import load_resolved
@@ -78,11 +91,12 @@ def train(run_dir: Path, resume: bool) -> int:
         resume_from = latest_valid(run_dir, skipped.append)
         skipped += [f"renamed it to {path.name}" for path in set_aside_newer(run_dir, resume_from)]
 
-    from gadcli.train.adversarial import train_adversarial
-    from gadcli.train.build import build_run, close_run
-    from gadcli.train.seqkd import train_seqkd
+    with _no_collection():
+        from gadcli.train.adversarial import train_adversarial
+        from gadcli.train.build import build_run, close_run
+        from gadcli.train.seqkd import train_seqkd
 
-    run = build_run(cfg, run_dir, resume_from=resume_from)
+        run = build_run(cfg, run_dir, resume_from=resume_from)
     for message in skipped:
         run.records.event("resume", message, level="warn", step=run.progress.step)
     ended = (int(ExitCode.BUG), "failed; see logs")
