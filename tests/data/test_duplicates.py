@@ -33,6 +33,44 @@ def test_repeats_are_counted_alike_wherever_they_are_kept(in_memory: int, monkey
         assert found.tolist() == [0, 1, 2, 2000, 2001, 2002, 2990]
 
 
+@pytest.mark.parametrize("part_entries", [1, 7, 10**6])
+def test_parts_too_large_to_sort_are_divided_and_one_hash_may_fill_many(
+    part_entries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a plain count, with hashes that differ in their last bit alone and one that most rows have."""
+    monkeypatch.setattr(duplicates, "IN_MEMORY", 50)
+    monkeypatch.setattr(duplicates, "PART_BYTES", part_entries * duplicates.ENTRY.itemsize)
+    rng = np.random.default_rng(5)
+    hashes = rng.integers(0, 2**64, 300, dtype=np.uint64)
+    hashes[::3] = 2**64 - 1
+    hashes[1::30] = 2**64 - 2
+    hashes[200] = hashes[2]
+    asked = np.array([2**64 - 1, int(hashes[4]), 17], np.uint64)
+    with Repeats(tmp_path) as repeats, Repeats(tmp_path) as other:
+        for start in range(0, 300, 60):
+            repeats.add(hashes[start : start + 60], start)
+        other.add(asked, 0)
+        before: dict[int, int] = {}
+        expected = []
+        for row, value in enumerate(hashes.tolist()):
+            if value in before:
+                expected.append((row, before[value]))
+            before[value] = row
+        count, examples = repeats.result(examples=10**6)
+        assert count == len(expected) and set(examples) <= set(expected)
+        if part_entries > 1:
+            assert (200, 2) in examples
+        if part_entries > 300:
+            assert len(examples) == len(expected)
+        for mine, theirs, rows in (
+            (repeats, other, np.flatnonzero(np.isin(hashes, asked))),
+            (other, repeats, np.array([0, 1])),
+        ):
+            found = np.concatenate(list(mine.shared_with(theirs)))
+            assert np.sort(found).tolist() == rows.tolist()
+    assert list(tmp_path.iterdir()) == []  # nothing is left on disk
+
+
 def test_the_smallest_hashes_come_from_a_stream(tmp_path: Path) -> None:
     hashes = np.random.default_rng(4).integers(0, 2**64, 5000, dtype=np.uint64)
     hashes.tofile(tmp_path / "h")
