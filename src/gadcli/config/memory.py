@@ -121,7 +121,7 @@ class Passes:
         return self.rows * self.row_tokens
 
 
-def activation_bytes(shape: ModelShape, cfg: ModelConfig, passes: Passes, itemsize: int, device: str = "cuda") -> float:
+def activation_bytes(shape: ModelShape, cfg: ModelConfig, passes: Passes, itemsize: int, device: str) -> float:
     """What backward needs of the layers for one micro-batch (a test compares it with what autograd saves).
 
     With checkpointing only each layer's input stays, and one layer is held in full.
@@ -171,6 +171,15 @@ def cut_passes(row_tokens: int, answer_tokens: int, budget: int, rows: int, answ
     return Passes(row_tokens, answer_tokens, at_once, -(-rows // at_once), answers)
 
 
+def reshards(fsdp: FsdpConfig, world_size: int) -> bool:
+    """Whether gathered weights are freed after a forward pass.
+
+    Where not (and in a world of one), they stay until the model's next backward pass: a frozen model's for ever, and
+    those of the student, whose last pass proved the sampler's weights, while the critic is updated.
+    """
+    return fsdp.reshard_after_forward and world_size > 1
+
+
 def estimate_model(
     shape: ModelShape, cfg: ModelConfig, setting: Setting, fsdp: FsdpConfig, passes: Passes, *, causal: bool
 ) -> ModelMemory:
@@ -183,8 +192,8 @@ def estimate_model(
     adapters = trainable if cfg.lora.rank else 0
     # Resharding: the root unit (embedding, head) stays gathered, layers come one after another, the next prefetched.
     # Without (and in a world of one): all units stay gathered from forward to backward.
-    resharding = fsdp.reshard_after_forward and setting.world_size > 1
-    gathered = total - shape.layers * shape.layer_params + 2 * shape.layer_params if resharding else total
+    few = total - shape.layers * shape.layer_params + 2 * shape.layer_params
+    gathered = few if reshards(fsdp, setting.world_size) else total
     logits = 0.0
     if causal:
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
@@ -203,10 +212,12 @@ def estimate_model(
     )
 
 
-def estimate_reference(shape: ModelShape, shards: int) -> ModelMemory:
-    """The frozen starting student, for the KL loss."""
-    total = shape.causal_params
-    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, 0.0, 0.0, 0.0)
+def estimate_reference(cfg: GadConfig, setting: Setting, shards: int) -> ModelMemory:
+    """The frozen starting student, for the KL loss; `gathered` is what stays of it while others train."""
+    total = setting.student.causal_params
+    itemsize = compute_bytes(cfg.actor.model, setting.device)
+    gathered = 0.0 if reshards(cfg.fsdp, setting.world_size) else float(total * itemsize)
+    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, gathered, 0.0, 0.0)
 
 
 def kv_cache_bytes(cfg: GadConfig, setting: Setting, weights: float) -> float:
@@ -246,7 +257,7 @@ def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
         critic = estimate_model(setting.critic, cfg.critic.model, setting, cfg.fsdp, passes, causal=False)
     shards = max(1, setting.world_size // cfg.fsdp.replicate)
     needs_reference = cfg.actor.use_kl_loss and cfg.actor.objective == "policy" and not cfg.actor.model.lora.rank
-    reference = estimate_reference(setting.student, shards) if needs_reference else None
+    reference = estimate_reference(cfg, setting, shards) if needs_reference else None
     return _peaks(cfg, setting, actor, reference, critic)
 
 
@@ -295,14 +306,16 @@ def _peaks(
             host += copied
         else:
             resident += copied
+    stays = 0.0 if reshards(cfg.fsdp, setting.world_size) else actor.gathered
+    resident += reference.gathered if reference is not None else 0
     updates = [actor.updating]
     if critic is not None:
-        updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
+        updates.append(stays + critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
     sleeps = cfg.rollout.sleep and on_gpu
     host += sampler.weights if sleeps else 0
     largest_tensor = setting.student.embedding_params * FP32
     training_peak = resident + max(updates) + (0 if sleeps else sampler.weights + sampler.kv_cache)
-    rollout_peak = resident + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
+    rollout_peak = resident + stays + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
     local = setting.local_size or max(1, setting.world_size // cfg.trainer.nnodes)
     if on_gpu:  # every process reads the whole model into host memory before it keeps its shard
         host_ram = local * (HOST_PER_GPU_PROCESS + host + actor.parameters * FP32)
