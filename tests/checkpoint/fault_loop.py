@@ -1,6 +1,6 @@
 """Breaks whole runs at random moments and resumes them: the disk fills up, or a process is killed.
 
-    python tests/checkpoint/fault_loop.py FOLDER disk|kill [CASES] [SEED]      (make test-full-disk, make test-kill-run)
+    python tests/checkpoint/fault_loop.py FOLDER disk|kill [CASES] [SEED]      (make test-disk, make test-kill-run)
 
 A run is `gad train gad` on a tiny model, parent and workers, one process and two in turn, saving at every step. First
 it runs undisturbed. Then, in each case,
