@@ -15,7 +15,7 @@ pytest = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
 in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-kill check format docs completions wheel clean
+.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-kill test-disk test-kill-run check format docs completions wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,16 @@ test-kill: venv-test ## kill -9 a saving run 100 times (KILLS=100): nothing comm
 	rm -rf .test-kill
 	OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(PY) tests/checkpoint/kill_loop.py .test-kill $(or $(KILLS),100)
 	rm -rf .test-kill
+
+test-disk: venv-test ## let strace fill the disk of 25 whole runs (CASES=25): exit 6, and the resumed run is the whole one
+	rm -rf .test-faults
+	OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(PY) tests/checkpoint/fault_loop.py .test-faults disk $(or $(CASES),25)
+	rm -rf .test-faults
+
+test-kill-run: venv-test ## kill -9 the parent or a rank of 25 whole runs (CASES=25): the same
+	rm -rf .test-faults
+	OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(PY) tests/checkpoint/fault_loop.py .test-faults kill $(or $(CASES),25)
+	rm -rf .test-faults
 
 check: venv-test ## style, types, import rules, drift of generated files
 	$(BIN)/ruff check .

@@ -246,6 +246,13 @@ def test_an_asset_that_cannot_be_written_commits_nothing(tmp_path: Path, small_f
     assert steps(tmp_path) == []
 
 
+def test_a_disk_that_fills_under_the_generators_is_a_full_disk_too(tmp_path: Path, small_files: None) -> None:
+    # The weights fit into 4096 bytes a file, the state of torch's generator (5056) does not: safetensors' own error.
+    with pytest.raises(ResourceError, match="disk full"):
+        save(tmp_path, 1)
+    assert steps(tmp_path) == []
+
+
 def test_the_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     manifest = path / "MANIFEST.json"

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from gadcli.metrics.record import MetricsWriter, write_status
 from metrics.generated import SYMPTOMS, healthy, write
@@ -79,6 +80,16 @@ def test_why_says_that_a_run_has_died_and_how_it_goes_on(tmp_path: Path) -> None
 def test_once_prints_one_picture_without_escape_codes(place: Path) -> None:
     told = gad("monitor", "good", "--once", cwd=place)
     assert told.returncode == 0 and "step 200/200" in told.stdout and "\x1b" not in told.stdout
+
+
+def test_twenty_columns_are_enough_for_monitor(place: Path) -> None:
+    narrow = {**ENV, "COLUMNS": "20", "LINES": "12"}
+    told = subprocess.run(
+        [*GAD, "monitor", "lost", "--once"], capture_output=True, text=True, cwd=place, env=narrow, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    assert max(cell_len(line) for line in told.stdout.splitlines()) <= 20
+    assert "141/141" in told.stdout and "the score gap" in told.stdout and "try critic.loss" in told.stdout
 
 
 @pytest.mark.parametrize("content", [None, b"", b"torn", b"\xff\x00\n[]\n"])

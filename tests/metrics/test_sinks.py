@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -199,3 +201,41 @@ def test_wandb_without_a_server_is_a_warning_and_goes_on_offline(
     wandb.teardown()  # its service writes the file's end on its way out
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert [row["critic/d_acc"] for row in history(run) if "critic/d_acc" in row] == [0.6]
+
+
+class RefusesEveryKey(http.server.BaseHTTPRequestHandler):
+    """What W&B's server says to a key that it does not know."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        said = b'{"errors":[{"message":"user is not logged in"}]}'
+        self.send_response(401)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("key", ["canary0" + "c" * 33, "canary-too-short"])
+def test_a_wrong_wandb_key_fails_at_the_start_and_is_never_shown(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    wandb = pytest.importorskip("wandb", reason="optional: pip install wandb")
+    wandb.teardown()  # its address is read once a process
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusesEveryKey) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match="did not accept") as caught:
+            WandbSink(tmp_path, project="p", name="n", config={})
+        wandb.teardown()
+        server.shutdown()
+    assert caught.value.exit_code == 2 and "wandb login" in str(caught.value.hint)
+    said = f"{caught.value.message}{caught.value.hint}{caplog.text}" + "".join(capfd.readouterr())
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert key not in said and key.encode() not in written
+    assert "cannot be reached" not in said, "a server that refuses has been reached"

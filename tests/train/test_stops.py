@@ -198,6 +198,24 @@ def test_a_full_disk_under_any_file_of_the_run_is_6_though_even_the_record_finds
     assert worker.guarded(tmp_path / "file", False) == 6  # logs/ cannot be made below a file
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:339] writev [127.0.0.1]:3724: No space left on device", 6),
+        ("Error while serializing: I/O error: No space left on device (os error 28)", 6),
+        ("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3724", 7),
+    ],
+)
+def test_a_full_disk_that_a_library_only_has_words_for_is_6(
+    words: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(run_dir: Path, resume: bool) -> int:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(worker, "train", fails)
+    assert worker.guarded(tmp_path, False) == code
+
+
 def test_another_error_of_the_same_kinds_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(run_dir: Path, resume: bool) -> int:
         raise ValueError("a bug")

@@ -106,22 +106,6 @@ def trainable_params(shape: ModelShape, cfg: ModelConfig, total: int, head: int)
     return total
 
 
-def activation_bytes(shape: ModelShape, cfg: ModelConfig, tokens: int, row_tokens: int, itemsize: int) -> float:
-    """What backward needs of the layers for one micro-batch of `tokens` in rows of `row_tokens`.
-
-    A layer saves per token: both norms' inputs in float32 and outputs (8h + 4h*itemsize), queries, expanded keys and
-    values and the attention's output (4q), and gate, up, their activation and product (4i). With checkpointing only
-    each layer's input stays, and one layer is held in full. The attention mask is tokens * row_tokens.
-    """
-    q = shape.heads * shape.head_dim
-    one_layer = tokens * (8 * shape.hidden + itemsize * (4 * shape.hidden + 4 * q + 4 * shape.intermediate))
-    mask = tokens * row_tokens * (1 + itemsize)
-    layers = min(cfg.train_layers, shape.layers) if cfg.train_layers and not cfg.lora.rank else shape.layers
-    if cfg.gradient_checkpointing:
-        return layers * tokens * shape.hidden * itemsize + one_layer + mask
-    return layers * one_layer + mask
-
-
 @dataclass(frozen=True)
 class Passes:
     """How one device's share of an optimiser step is cut: `rows` of `row_tokens` at once, in `count` micro-batches."""
@@ -130,16 +114,70 @@ class Passes:
     answer_tokens: int  # of one row
     rows: int
     count: int
+    answers: int = 1  # behind each prompt
 
     @property
     def tokens(self) -> int:
         return self.rows * self.row_tokens
 
 
-def cut_passes(row_tokens: int, answer_tokens: int, budget: int, rows: int) -> Passes:
+def activation_bytes(shape: ModelShape, cfg: ModelConfig, passes: Passes, itemsize: int, device: str) -> float:
+    """What backward needs of the layers for one micro-batch (a test compares it with what autograd saves).
+
+    With checkpointing only each layer's input stays, and one layer is held in full.
+    """
+    a_token = layer_bytes_per_token(shape, cfg, itemsize)
+    one_layer = passes.tokens * a_token + passes.rows * attention_copies(shape, passes, itemsize, device)
+    layers = min(cfg.train_layers, shape.layers) if cfg.train_layers and not cfg.lora.rank else shape.layers
+    if cfg.gradient_checkpointing:
+        return layers * passes.tokens * shape.hidden * itemsize + one_layer
+    return layers * one_layer
+
+
+def layer_bytes_per_token(shape: ModelShape, cfg: ModelConfig, itemsize: int) -> float:
+    """What a layer saves of each token, attention's copies apart.
+
+    Norms: the input in float32 and its scale, the normalised input where the norm's weight trains (Gemma's keep it in
+    float32). What linear layers read: both norms' outputs, the attention's output in token order, the MLP's product,
+    and between an adapter's two halves. Attention: queries, keys, values, its output and log-sum-exp. MLP: gate, its
+    activation, up.
+    """
+    h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    normed = shape.norms * h + (q + kv) * shape.qk_norm
+    norms = normed * FP32 + FP32 * (shape.norms + (shape.heads + shape.kv_heads) * shape.qk_norm)
+    if not cfg.lora.rank:
+        norms += normed * (FP32 if shape.norms > 2 else itemsize)
+    read = 2 * h + q + shape.intermediate + 7 * cfg.lora.rank
+    attention = 2 * q + 2 * kv
+    return norms + itemsize * (read + attention + 3 * shape.intermediate) + FP32 * shape.heads
+
+
+def attention_copies(shape: ModelShape, passes: Passes, itemsize: int, device: str) -> float:
+    """What a layer saves beside that for one prompt with several answers, where attention is a call for each of them.
+
+    On CPUs: the prompt's keys and values before its own, and who sees whom as numbers of the queries' type. One answer
+    alone is a single causal call; GPUs attend over the whole row at once.
+    """
+    if device != "cpu" or passes.answers < 2:
+        return 0.0
+    answer = passes.answer_tokens / passes.answers
+    seen = passes.row_tokens - passes.answer_tokens + answer
+    return passes.answers * itemsize * seen * (2 * shape.kv_heads * shape.head_dim + answer)
+
+
+def cut_passes(row_tokens: int, answer_tokens: int, budget: int, rows: int, answers: int) -> Passes:
     """As many rows at once as fit the budget of tokens, at least one, at most what there is."""
     at_once = max(1, min(rows, budget // row_tokens))
-    return Passes(row_tokens, answer_tokens, at_once, -(-rows // at_once))
+    return Passes(row_tokens, answer_tokens, at_once, -(-rows // at_once), answers)
+
+
+def reshards(fsdp: FsdpConfig, world_size: int) -> bool:
+    """Whether gathered weights are freed after a forward pass.
+
+    Where not (and in a world of one), they stay until the model's next backward pass: a frozen model's for ever, and
+    those of the student, whose last pass proved the sampler's weights, while the critic is updated.
+    """
+    return fsdp.reshard_after_forward and world_size > 1
 
 
 def estimate_model(
@@ -154,8 +192,8 @@ def estimate_model(
     adapters = trainable if cfg.lora.rank else 0
     # Resharding: the root unit (embedding, head) stays gathered, layers come one after another, the next prefetched.
     # Without (and in a world of one): all units stay gathered from forward to backward.
-    resharding = fsdp.reshard_after_forward and setting.world_size > 1
-    gathered = total - shape.layers * shape.layer_params + 2 * shape.layer_params if resharding else total
+    few = total - shape.layers * shape.layer_params + 2 * shape.layer_params
+    gathered = few if reshards(fsdp, setting.world_size) else total
     logits = 0.0
     if causal:
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
@@ -168,16 +206,18 @@ def estimate_model(
         gradients=trainable * FP32 / shards,
         optimiser=trainable * ADAM_BYTES / shards,
         gathered=gathered * itemsize,
-        activations=activation_bytes(shape, cfg, passes.tokens, passes.row_tokens, itemsize),
+        activations=activation_bytes(shape, cfg, passes, itemsize, setting.device),
         logits=logits,
         micro_batches=passes.count,
     )
 
 
-def estimate_reference(shape: ModelShape, shards: int) -> ModelMemory:
-    """The frozen starting student, for the KL loss."""
-    total = shape.causal_params
-    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, 0.0, 0.0, 0.0)
+def estimate_reference(cfg: GadConfig, setting: Setting, shards: int) -> ModelMemory:
+    """The frozen starting student, for the KL loss; `gathered` is what stays of it while others train."""
+    total = setting.student.causal_params
+    itemsize = compute_bytes(cfg.actor.model, setting.device)
+    gathered = 0.0 if reshards(cfg.fsdp, setting.world_size) else float(total * itemsize)
+    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, gathered, 0.0, 0.0)
 
 
 def kv_cache_bytes(cfg: GadConfig, setting: Setting, weights: float) -> float:
@@ -202,7 +242,7 @@ def passes_of(cfg: GadConfig, setting: Setting, mini_batch: int, budget: int, an
     """The passes of one optimiser step on one device, every row (a prompt, its answers behind it) at its limit."""
     rows = max(1, (mini_batch or cfg.data.train_batch_size) // setting.world_size)
     answer_tokens = answers * cfg.data.max_response_length
-    return cut_passes(cfg.data.max_prompt_length + answer_tokens, answer_tokens, budget, rows)
+    return cut_passes(cfg.data.max_prompt_length + answer_tokens, answer_tokens, budget, rows, answers)
 
 
 def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
@@ -217,7 +257,7 @@ def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
         critic = estimate_model(setting.critic, cfg.critic.model, setting, cfg.fsdp, passes, causal=False)
     shards = max(1, setting.world_size // cfg.fsdp.replicate)
     needs_reference = cfg.actor.use_kl_loss and cfg.actor.objective == "policy" and not cfg.actor.model.lora.rank
-    reference = estimate_reference(setting.student, shards) if needs_reference else None
+    reference = estimate_reference(cfg, setting, shards) if needs_reference else None
     return _peaks(cfg, setting, actor, reference, critic)
 
 
@@ -266,14 +306,16 @@ def _peaks(
             host += copied
         else:
             resident += copied
+    stays = 0.0 if reshards(cfg.fsdp, setting.world_size) else actor.gathered
+    resident += reference.gathered if reference is not None else 0
     updates = [actor.updating]
     if critic is not None:
-        updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
+        updates.append(stays + critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
     sleeps = cfg.rollout.sleep and on_gpu
     host += sampler.weights if sleeps else 0
     largest_tensor = setting.student.embedding_params * FP32
     training_peak = resident + max(updates) + (0 if sleeps else sampler.weights + sampler.kv_cache)
-    rollout_peak = resident + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
+    rollout_peak = resident + stays + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
     local = setting.local_size or max(1, setting.world_size // cfg.trainer.nnodes)
     if on_gpu:  # every process reads the whole model into host memory before it keeps its shard
         host_ram = local * (HOST_PER_GPU_PROCESS + host + actor.parameters * FP32)

@@ -63,6 +63,7 @@ from gadcli.engine.retention import check_keep_last, prune, remove_leftovers
 from gadcli.engine.together import FAILURES, current_group, on_rank0, rank_and_world, together
 from gadcli.errors import CheckpointError, GadError, ResourceError
 
+DISK_FULL_WORDS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _SLACK = 64 << 20  # bytes asked for beyond the tensors: zip headers, config, tokenizer, the file system's own
 
 
@@ -144,7 +145,8 @@ def _translated(error: BaseException, final: Path, need: int) -> GadError | None
     """What the user is told: a full disk (DCP wraps it), DCP's own failure, or None to let `error` through."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # torch's zip writer hides the OSError of a short write behind a RuntimeError about positions.
-    hidden = ("unexpected pos", "file write failed", "PytorchStreamWriter failed")
+    # Rust, C++ and other ranks have only words for it: errors 28, 27 and 122 are those above.
+    hidden = ("unexpected pos", "file write failed", "PytorchStreamWriter failed", *DISK_FULL_WORDS)
     chain = list(_chain(error))
     hit = any((isinstance(c, OSError) and c.errno in full) or any(h in str(c) for h in hidden) for c in chain)
     if not hit and isinstance(error, CheckpointException):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ import gadcli
 from gadcli.config.machine import cache_folder, cores, gpus, version_of
 
 LOOPBACK = "127.0.0.1"
+SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 STORE_VARIABLE = "GAD_STORE_FILE"  # where ranks of one machine meet, in place of a socket
 
 # Must stand before torch or vllm is imported. The first keeps vLLM's engine in the trainer's process, the rest quiet.
@@ -53,6 +56,38 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+def address_towards(endpoint: str) -> str:
+    """This machine's address on the way to HOST:PORT, which its peers reach it at; empty where there is no way."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port or 0), type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # of a datagram socket: asks the routing table, sends nothing
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError, IndexError):
+        return ""
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address; empty where none has (or the kernel does not say)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""
+
+
+def reached_at(address: str) -> dict[str, str]:
+    """Variables that make gloo and vLLM use this address, where they would ask the machine's name."""
+    interface = interface_of(address) if address else ""
+    return ({"GLOO_SOCKET_IFNAME": interface} if interface else {}) | ({"VLLM_HOST_IP": address} if address else {})
 
 
 def gpu_count() -> int:

@@ -126,9 +126,14 @@ class Supervisor:
         spec = self.spec
         env = {name: value for name, value in env.items() if name not in environment.RANK_VARIABLES}
         env[lifetime.LOG_DIR_VARIABLE] = str(spec.logs)
+        # Not left to torch, which asks the machine's own name: that is 127.0.0.1 wherever /etc/hosts says so.
+        address = environment.address_towards(spec.rdzv_endpoint)
+        env = environment.reached_at(address) | env
         words = [
             "-m", "torch.distributed.run", f"--nnodes={spec.nnodes}", f"--nproc-per-node={spec.nproc}",
             f"--node-rank={spec.node_rank}", "--rdzv-backend=c10d", f"--rdzv-endpoint={spec.rdzv_endpoint}",
+            f"--rdzv-conf=is_host={str(spec.node_rank == 0).lower()}",
+            *([f"--local-addr={address}"] if address else []),
             f"--rdzv-id={spec.run_dir.name}", f"--max-restarts={spec.max_restarts}",
             "-m", "gadcli.engine.lifetime", spec.worker_module, *spec.worker_args,
         ]  # fmt: skip

@@ -8,13 +8,18 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gadcli.errors import CheckpointError, ConfigError, GadError, ResourceError
 
 T = TypeVar("T")
-# What a save can end with on one rank; CheckpointException is DCP's, and no Exception by inheritance.
-FAILURES = (GadError, OSError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, CheckpointException)
+# What a save can end with on one rank; CheckpointException is DCP's, and no Exception by inheritance. safetensors has
+# one kind for everything, a full disk too.
+FAILURES = (
+    GadError, OSError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, SafetensorError,
+    CheckpointException,
+)  # fmt: skip
 
 
 # The group that this thread's collectives run over; None is the default group, which training uses.

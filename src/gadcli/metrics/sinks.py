@@ -194,7 +194,7 @@ class WandbSink:
             # The client's own text may quote the environment; only its kind is safe to show.
             raise ConfigError(
                 f"W&B did not accept this run ({type(error).__name__})",
-                "run `wandb login`, or set WANDB_MODE=offline, or leave wandb out of trainer.logger",
+                "check the key with `wandb login`, or set WANDB_MODE=offline, or leave wandb out of trainer.logger",
             ) from None
         self._working = True
         self.note = _where(self._run, folder)
@@ -229,6 +229,8 @@ class WandbSink:
 
 
 WANDB_START_S = 30
+# How the client's text differs where no server answered; one that does is quoted in its own words.
+UNREACHABLE = ("timed out", "retrying", "deadline exceeded", "dial tcp", "connection")
 
 
 def _begin(wandb: Any, folder: Path, given: Mapping[str, Any]) -> Any:
@@ -250,6 +252,8 @@ def _begin(wandb: Any, folder: Path, given: Mapping[str, Any]) -> Any:
     except wandb.errors.AuthenticationError:
         raise
     except wandb.errors.CommError as error:
+        if not any(sign in str(error).lower() for sign in UNREACHABLE):
+            raise  # the server answered, and refused the key or the project: the client has one kind for all of it
         log.warning("W&B cannot be reached (%s), so it runs offline; %s", type(error).__name__, sync)
         wandb.teardown()  # its service still holds the run's id
         return init("offline")

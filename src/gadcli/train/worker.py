@@ -136,12 +136,14 @@ def _as_resource_error(error: BaseException) -> ResourceError | None:
 
 def _as_full_disk(error: BaseException) -> ResourceError | None:
     """A disk that filled while something other than a checkpoint was written (a log, a sample); None for all else."""
-    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in numbers:
+        text = error.strerror + (f" ({error.filename})" if error.filename else "")
+    elif any(os.strerror(number) in str(error) for number in numbers):  # Rust and C++ have only words for it
+        text = (str(error).splitlines() or [""])[0][:200]
+    else:
         return None
-    where = f" ({error.filename})" if error.filename else ""
-    return ResourceError(
-        f"disk full: {error.strerror}{where}", "free some space and --resume; the last committed checkpoint is intact"
-    )
+    return ResourceError(f"disk full: {text}", "free some space and --resume; the last committed checkpoint is intact")
 
 
 def _as_peer_error(error: BaseException) -> PeerError | None:
