@@ -37,7 +37,7 @@ ENGINE_VARIABLES = {
 # compiler that a laptop may not have, for nothing that a CPU run would notice.
 # glibc keeps freed tensors in its heaps unless told to map them: a micro-batch's activations then stay, in pieces too
 # small for the next one (LoRA on 135M parameters: a peak of 5.0 GiB, of 3.0 with these). It reads them at its start.
-# The price: the kernel clears each mapped tensor, a sixth of a step's CPU-seconds; at 4 MiB it is a twentieth, and 11 to
+# The price: the kernel clears each mapped tensor, a sixth of a step's CPU-seconds; at 4 MiB a twentieth, but 11 to
 # 27 % more memory.
 CPU_VARIABLES = {
     "TORCHDYNAMO_DISABLE": "1",
