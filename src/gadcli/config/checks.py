@@ -14,6 +14,7 @@ from gadcli.errors import ConfigError
 LOGGERS = ("console", "tensorboard", "wandb")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONG_RESPONSE = 256  # tokens above which a sum of values saturates the untempered ranking loss
+UNTRAINED_CRITIC = "no --reward-model: gad starts from an untrained discriminator, scores are noise; run warmup first"
 COLD = 0.3  # temperature below which a group's samples are nearly equal
 
 
@@ -195,8 +196,9 @@ class Checker:
             yield f"rollout.temperature={cfg.rollout.temperature:g}: a group's answers will hardly differ; .8 is usual"
         if cfg.trainer.critic_warmup >= 0:
             yield from self._critic_warnings()
-        if cfg.trainer.total_steps and cfg.trainer.critic_warmup * 2 >= cfg.trainer.total_steps:
-            yield _long_warmup(cfg.trainer.critic_warmup, cfg.trainer.total_steps)
+        steps, alone = cfg.trainer.total_steps, cfg.trainer.critic_warmup
+        if steps and alone * 2 >= steps and not (cfg.stage == "warmup" and alone >= steps):
+            yield _long_warmup(alone, steps)
         if cfg.data.train_files and not (cfg.data.val_files or cfg.data.val_rows):
             yield from self._without_held_out_rows()
         if cfg.trainer.tensorboard.host not in LOOPBACK:
@@ -220,7 +222,7 @@ class Checker:
         if cfg.critic.loss == "v1":
             yield "critic.loss=v1 has no upper bound: scores were seen to run away; critic.loss=final"
         if cfg.stage == "gad" and not cfg.critic.model.path:
-            yield "no --reward-model: gad starts from an untrained discriminator, scores are noise; run warmup first"
+            yield UNTRAINED_CRITIC
         elif cfg.stage == "gad" and _role(cfg.critic.model.path) == "actor":
             yield f"--reward-model {cfg.critic.model.path} is a language model: its scalar head starts untrained"
 

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gadcli.config.checks import UNTRAINED_CRITIC
 from gadcli.config.reading import read_override
 from gadcli.config.resolve import resolve
 from gadcli.config.schema import STAGES
 from gadcli.engine.manifest import latest_valid
 from gadcli.errors import CheckpointError, ConfigError, ExitCode, GadError
 from gadcli.train import parent_folder as folders
-from gadcli.train.parent import StageRequest, plan_report, prepare, run_stage, show_plan
+from gadcli.train.parent import Prepared, StageRequest, plan_report, prepare, run_stage, show_plan
 from gadcli.train.parent_display import say
 
 STATE_FILE = "run.json"
@@ -213,13 +214,25 @@ def look_ahead(request: StageRequest, whole: WholeRun) -> None:
 def dry_run(request: StageRequest, whole: WholeRun) -> int:
     """Every stage's plan; as JSON one list of them."""
     requests = [on_its_own(request, stage) for stage in whole.stages]
+    prepared = [prepare(own) for own in requests]
+    for before, stage in zip(whole.stages, prepared[1:], strict=False):
+        expect_models_of(before.stage, stage)
     if request.as_json:
-        reports = [plan_report(prepare(own)) for own in requests]
+        reports = [plan_report(stage) for stage in prepared]
         say(sys.stdout, json.dumps(reports, indent=2, ensure_ascii=False))
         return int(ExitCode.OK)
-    for own in requests:
-        show_plan(prepare(own), own)
+    for own, stage in zip(requests, prepared, strict=True):
+        show_plan(stage, own)
     return int(ExitCode.OK)
+
+
+def expect_models_of(before: str, stage: Prepared) -> None:
+    """Say in a stage's plan that it will start from what the stage before leaves, and not that it has no such thing."""
+    unusual = stage.plan.unusual
+    if before != "seqkd" and UNTRAINED_CRITIC in unusual:
+        unusual.remove(UNTRAINED_CRITIC)
+    models = "student" if before == "seqkd" else "student and discriminator"
+    unusual.append(f"starts from the {models} that {before} leaves; sizes are those of the base model")
 
 
 def on_its_own(request: StageRequest, stage: StageState) -> StageRequest:
