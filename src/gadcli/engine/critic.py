@@ -68,11 +68,24 @@ class Critic:
         """
         batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
         before = torch.stack(self.score(rollout.pair_groups())) if len(batches) > 1 else None
+        seen, metrics = self._learn(rollout, batches)
+        return Scores.of(seen if before is None else before), metrics
+
+    def score_pairs(self, rollout: Rollout) -> Scores:
+        """The scores alone: for those who need them before the update is made."""
+        return Scores.of(torch.stack(self.score(rollout.pair_groups())))
+
+    def update(self, rollout: Rollout) -> Metrics:
+        """The update alone, where the scores were had before."""
+        return self._learn(rollout, mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world))[1]
+
+    def _learn(self, rollout: Rollout, batches: list[list[int]]) -> tuple[Tensor, Metrics]:
+        """One update a mini-batch; each pair's scores as its own update saw them."""
         metrics: Metrics = {}
         seen = torch.zeros(len(rollout.rows), len(rollout.answers[0]) + 1)
         for prompts in batches:
             add_metrics(metrics, self._step(rollout, prompts, seen))
-        return Scores.of(seen if before is None else before), metrics
+        return seen, metrics
 
     def _step(self, rollout: Rollout, prompts: list[int], seen: Tensor) -> Metrics:
         groups = rollout.select(prompts).pair_groups()
