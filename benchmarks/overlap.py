@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,25 @@ def build(args: argparse.Namespace, folder: Path) -> Any:
         "data.max_prompt_length=512", "rollout.max_model_len=640", f"rollout.engine={args.engine}",
         "actor.optim.lr=1e-6", f"critic.model.num_layers={args.critic_layers}", "trainer.logger=[console]",
         f"critic.ppo_mini_batch_size={args.critic_mini}", "trainer.total_steps=1000", "trainer.exp_name=run",
-        "actor.model.train_layers=0",
     ]  # fmt: skip
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text(resolve("gad", "demo", None, {}, words).to_yaml())
     return build_run(load_resolved(folder / "run" / "config.yaml"), folder / "run", resume_from=None)
+
+
+class StoodStill:
+    """Seconds in which this whole process did not run (a suspended machine): a turn with any is left out."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            start = time.monotonic()
+            time.sleep(0.05)
+            late = time.monotonic() - start - 0.05
+            self.seconds += late if late > 1.0 else 0.0
 
 
 def turn(run: Any, step: int, overlap: bool) -> dict[str, float]:
@@ -94,15 +109,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = build(args, Path(folder))
         turns: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-        for number in range(2 * (args.rounds + 1)):
+        still = StoodStill()
+        for number in range(8 * (args.rounds + 1)):
             overlap = number % 2 == 1
+            before = still.seconds
             found = turn(run, number + 1, overlap)
+            stood = still.seconds - before
             same = same_answers(run) if overlap else 1.0
-            if number >= 2:  # the first of each warms up
+            if number >= 2 and not stood and len(turns[overlap]) < args.rounds:  # the first of each warms up
                 turns[overlap].append(found | {"same": same})
-            print(
-                number, "overlap" if overlap else "plain", {k: round(v, 2) for k, v in found.items()}, same, flush=True
-            )
+            shown = {k: round(v, 2) for k, v in found.items()}
+            print(number, "overlap" if overlap else "plain", shown, f"same {same}, stood {stood:.1f}", flush=True)
+            if min(map(len, turns.values())) == args.rounds:
+                break
     medians = {
         name: {key: statistics.median(t.get(key, 0.0) for t in turns[overlap]) for key in turns[overlap][0]}
         for name, overlap in (("plain", False), ("overlap", True))

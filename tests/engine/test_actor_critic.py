@@ -200,7 +200,7 @@ def test_the_scores_an_update_returns_are_those_from_before_it(mini: int, world:
 
 def test_scores_from_between_two_updates_would_be_caught(world: World, model_path: str) -> None:
     rollout = tiny_rollout()
-    mutant = mutated("engine.critic", "seen if before is None else before", "seen").Critic
+    mutant = mutated("engine.critic", "if others:", "if not others:").Critic
     critic = build_critic(world, model_path, mutant, ppo_mini_batch_size=2)
     before = torch.stack(critic.score(rollout.pair_groups()))
     scores, _ = critic.score_and_update(rollout)

@@ -205,6 +205,13 @@ def passes_of(cfg: GadConfig, setting: Setting, mini_batch: int, budget: int, an
     return cut_passes(cfg.data.max_prompt_length + answer_tokens, answer_tokens, budget, rows)
 
 
+def needs_reference(cfg: GadConfig) -> bool:
+    """Whether a KL with a coefficient above 0 asks for the frozen start."""
+    in_loss = cfg.actor.use_kl_loss and cfg.actor.kl_loss_coef > 0
+    in_reward = cfg.algorithm.use_kl_in_reward and cfg.algorithm.kl_ctrl.kl_coef > 0
+    return cfg.actor.objective == "policy" and (in_loss or in_reward)
+
+
 def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
     """The whole estimate; an upper bound in lengths (every row at its limit), typical in the rest."""
     answers = cfg.rollout.n if cfg.actor.objective == "policy" else 1
@@ -216,8 +223,8 @@ def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
         passes = passes_of(cfg, setting, cfg.critic.ppo_mini_batch_size, cfg.critic.micro_batch_tokens, answers)
         critic = estimate_model(setting.critic, cfg.critic.model, setting, cfg.fsdp, passes, causal=False)
     shards = max(1, setting.world_size // cfg.fsdp.replicate)
-    needs_reference = cfg.actor.use_kl_loss and cfg.actor.objective == "policy" and not cfg.actor.model.lora.rank
-    reference = estimate_reference(setting.student, shards) if needs_reference else None
+    own = needs_reference(cfg) and not cfg.actor.model.lora.rank  # with LoRA it is the student, its adapters off
+    reference = estimate_reference(setting.student, shards) if own else None
     return _peaks(cfg, setting, actor, reference, critic)
 
 

@@ -64,16 +64,26 @@ class Critic:
     def score_and_update(self, rollout: Rollout) -> tuple[Scores, Metrics]:
         """(scores from before the update, metrics): one update a mini-batch of prompts.
 
-        Where the whole rollout is one mini-batch, the update's own forward pass gives the scores: no pass is wasted.
+        The first mini-batch's scores are those of its own update's forward pass, before which nothing has changed; a
+        pass of their own is made for the others alone.
         """
         batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
-        before = torch.stack(self.score(rollout.pair_groups())) if len(batches) > 1 else None
+        others = self._score_others(rollout, batches)
         seen, metrics = self._learn(rollout, batches)
-        return Scores.of(seen if before is None else before), metrics
+        if others:
+            seen[len(batches[0]) :] = torch.stack(others)
+        return Scores.of(seen), metrics
 
     def score_pairs(self, rollout: Rollout) -> Scores:
-        """The scores alone: for those who need them before the update is made."""
-        return Scores.of(torch.stack(self.score(rollout.pair_groups())))
+        """The scores alone, in the same passes: for those who need them before the update is made."""
+        batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
+        first = self.score(rollout.select(batches[0]).pair_groups())
+        return Scores.of(torch.stack(first + self._score_others(rollout, batches)))
+
+    def _score_others(self, rollout: Rollout, batches: list[list[int]]) -> list[Tensor]:
+        """Scores of the prompts behind the first mini-batch."""
+        prompts = [prompt for batch in batches[1:] for prompt in batch]
+        return self.score(rollout.select(prompts).pair_groups()) if prompts else []
 
     def update(self, rollout: Rollout) -> Metrics:
         """The update alone, where the scores were had before."""

@@ -93,15 +93,16 @@ def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepL
         log.add(run.actor.sft_update(teacher_groups(rollout.rows)))
         return
     old_BT = ref_BT = None
-    if run.several_mini_batches or cfg.algorithm.use_kl_in_reward:
+    kl_coef = cfg.algorithm.kl_ctrl.kl_coef if cfg.algorithm.use_kl_in_reward else 0.0
+    if kl_coef:
         old_BT = run.actor.logprobs(rollout.student_groups(), rollout.width)
+    elif run.several_mini_batches:
+        old_BT = run.actor.old_logprobs(rollout)
     if run.reference is not None:
         ref_BT = run.actor.logprobs(rollout.student_groups(), rollout.width, reference=run.reference)
     rewards_PG = scores_PG
-    if cfg.algorithm.use_kl_in_reward and old_BT is not None and ref_BT is not None:
-        rewards_B, kl_log = kl_in_reward(
-            scores_PG.flatten(), old_BT, ref_BT, rollout.mask_BT(), cfg.algorithm.kl_ctrl.kl_coef
-        )
+    if kl_coef and old_BT is not None and ref_BT is not None:
+        rewards_B, kl_log = kl_in_reward(scores_PG.flatten(), old_BT, ref_BT, rollout.mask_BT(), kl_coef)
         rewards_PG = rewards_B.view_as(scores_PG)
         log.add(kl_log)
     advantages_PG, spread = group_advantages(rewards_PG, cfg.algorithm.adv_estimator, sigma_min=cfg.algorithm.sigma_min)
