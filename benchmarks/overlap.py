@@ -68,6 +68,8 @@ def turn(run: Any, step: int, overlap: bool) -> dict[str, float]:
     if overlap:
         run.sync_sampler(step, StepLog(step))
         rollout = run.draw(run.rows_of(step), step)
+    else:
+        run.synced_step = -1  # the last turn's weights are in the sampler already: either kind of step sends them once
     log = StepLog(step)
     wall, cpu = time.perf_counter(), time.process_time()
     if rollout is None:

@@ -307,6 +307,27 @@ def test_an_error_beside_the_update_ends_the_run_as_in_the_open(
     assert found[0] == found[1]
 
 
+def test_an_error_of_the_critic_is_the_runs_though_answers_are_being_drawn(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, failed = HfSampler.generate, threading.Event()
+
+    def draws_until_it_failed(self: HfSampler, *arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            assert failed.wait(60)
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(HfSampler, "generate", draws_until_it_failed)
+    monkeypatch.setattr(Critic, "update", lambda self, rollout: a_bad_row())
+    run_dir = prepare(tmp_path / "run", inputs, "gad", *SETTINGS, *PLAIN, "trainer.overlap=true", "data.val_files=[]")
+    try:
+        assert worker.guarded(run_dir, False) == 3
+    finally:
+        failed.set()
+    record = json.loads((run_dir / "logs" / "rank_0.exit.json").read_text())
+    assert record["message"] == "row 7 cannot be read"
+
+
 def test_a_sampler_that_hangs_beside_the_update_ends_with_7(inputs: Path, tmp_path: Path) -> None:
     settings = [*SETTINGS, *PLAIN, "trainer.overlap=true", "fsdp.timeout_s=3", "data.val_files=[]"]
     run_dir = prepare(tmp_path / "run", inputs, "gad", *settings)
