@@ -328,6 +328,7 @@ def test_an_error_of_the_critic_is_the_runs_though_answers_are_being_drawn(
     assert record["message"] == "row 7 cannot be read"
 
 
+@pytest.mark.slow
 def test_a_sampler_that_hangs_beside_the_update_ends_with_7(inputs: Path, tmp_path: Path) -> None:
     settings = [*SETTINGS, *PLAIN, "trainer.overlap=true", "fsdp.timeout_s=3", "data.val_files=[]"]
     run_dir = prepare(tmp_path / "run", inputs, "gad", *settings)
