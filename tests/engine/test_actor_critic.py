@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from engine.mutants import mutated
 from engine.parts import (
@@ -35,6 +36,19 @@ from gadcli.errors import UnhealthyError
 ROUNDING = 1e-6  # float32 log-probs of size 10 through two layers
 PARITY = 1e-5  # relative, gradients and metrics under another order of summation
 HUGE, TINY = 1 << 20, 1  # micro_batch_tokens: all rows at once, one group at a time
+
+
+# ---- memory ----
+
+
+def test_a_pass_without_gradients_leaves_no_gathered_weights(world: World, model_path: str) -> None:
+    """FSDP2 frees them in the backward pass, which never comes for a reference, and late for the others."""
+    rollout = tiny_rollout()
+    actor, critic = build_actor(world, model_path), build_critic(world, model_path)
+    actor.logprobs(rollout.student_groups(), rollout.width)
+    critic.score(rollout.pair_groups())
+    for model in (actor.model, critic.model):
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 # ---- on-policy steps ----
@@ -200,7 +214,7 @@ def test_the_scores_an_update_returns_are_those_from_before_it(mini: int, world:
 
 def test_scores_from_between_two_updates_would_be_caught(world: World, model_path: str) -> None:
     rollout = tiny_rollout()
-    mutant = mutated("engine.critic", "seen if before is None else before", "seen").Critic
+    mutant = mutated("engine.critic", "if others:", "if not others:").Critic
     critic = build_critic(world, model_path, mutant, ppo_mini_batch_size=2)
     before = torch.stack(critic.score(rollout.pair_groups()))
     scores, _ = critic.score_and_update(rollout)

@@ -11,43 +11,21 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from engine.training import manifest_hashes, prepare, records, steps, write_inputs
-from gadcli.config.resolve import load_resolved
+from engine.in_process import begin, process_as_it_was, send_in, to_the_end
+from engine.training import manifest_hashes, records, steps, write_inputs
 from gadcli.engine.manifest import latest_valid, list_checkpoints
 from gadcli.errors import UnhealthyError
 from gadcli.metrics.health import Alarm
 from gadcli.train import worker
 from gadcli.train.adversarial import train_adversarial
-from gadcli.train.build import build_run, close_run
-from gadcli.train.run import Run
-
-SETTINGS = ["trainer.total_steps=3", "trainer.critic_warmup=0", "trainer.test_freq=1", "trainer.save_freq=1",
-            "data.train_batch_size=2", "rollout.n=2", "trainer.device=cpu"]  # fmt: skip
+from gadcli.train.build import build_run
 
 CANARY = "canary-4711-0815"
-
-
-@contextmanager
-def process_as_it_was() -> Iterator[None]:
-    """A run sets signal handlers, variables and a process group."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    handlers, variables = {n: signal.getsignal(n) for n in numbers}, dict(os.environ)
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.environ.clear()
-        os.environ.update(variables)
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +37,6 @@ def left_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def begin(run_dir: Path, inputs: Path, *overrides: str) -> Run:
-    prepare(run_dir, inputs, "gad", *SETTINGS, *overrides)
-    return build_run(load_resolved(run_dir / "config.yaml"), run_dir, resume_from=None)
-
-
-def to_the_end(run: Run) -> None:
-    train_adversarial(run)
-    run.finish()
-    run.records.end(0, "done")
-    close_run(run)
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +52,6 @@ def test_a_secret_of_the_environment_is_in_no_file_of_a_run(whole: Path) -> None
     files = [path for path in whole.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files) and any(path.name == "MANIFEST.json" for path in files)
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
-
-
-def send_in(run: Run, phase: str, number: int) -> None:
-    """The signal arrives as `phase` begins in step 2."""
-    tell = run.on_phase
-
-    def on_phase(name: str, step: int) -> None:
-        tell(name, step)
-        if (name, step) == (phase, 2):
-            os.kill(os.getpid(), number)
-
-    run.on_phase = on_phase  # type: ignore[method-assign]
 
 
 PHASES = ("sync", "rollout", "critic", "actor", "eval", "save")

@@ -172,10 +172,9 @@ def cut_passes(row_tokens: int, answer_tokens: int, budget: int, rows: int, answ
 
 
 def reshards(fsdp: FsdpConfig, world_size: int) -> bool:
-    """Whether gathered weights are freed after a forward pass.
+    """Whether gathered weights are freed between a forward pass and its backward pass.
 
-    Where not (and in a world of one), they stay until the model's next backward pass: a frozen model's for ever, and
-    those of the student, whose last pass proved the sampler's weights, while the critic is updated.
+    After a pass without gradients they are freed in any case (`engine.models.free_gathered`).
     """
     return fsdp.reshard_after_forward and world_size > 1
 
@@ -212,12 +211,10 @@ def estimate_model(
     )
 
 
-def estimate_reference(cfg: GadConfig, setting: Setting, shards: int) -> ModelMemory:
-    """The frozen starting student, for the KL loss; `gathered` is what stays of it while others train."""
-    total = setting.student.causal_params
-    itemsize = compute_bytes(cfg.actor.model, setting.device)
-    gathered = 0.0 if reshards(cfg.fsdp, setting.world_size) else float(total * itemsize)
-    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, gathered, 0.0, 0.0)
+def estimate_reference(shape: ModelShape, shards: int) -> ModelMemory:
+    """The frozen starting student, for the KL loss and the KL in the reward."""
+    total = shape.causal_params
+    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def kv_cache_bytes(cfg: GadConfig, setting: Setting, weights: float) -> float:
@@ -245,6 +242,13 @@ def passes_of(cfg: GadConfig, setting: Setting, mini_batch: int, budget: int, an
     return cut_passes(cfg.data.max_prompt_length + answer_tokens, answer_tokens, budget, rows, answers)
 
 
+def needs_reference(cfg: GadConfig) -> bool:
+    """Whether a KL with a coefficient above 0 asks for the frozen start."""
+    in_loss = cfg.actor.use_kl_loss and cfg.actor.kl_loss_coef > 0
+    in_reward = cfg.algorithm.use_kl_in_reward and cfg.algorithm.kl_ctrl.kl_coef > 0
+    return cfg.actor.objective == "policy" and (in_loss or in_reward)
+
+
 def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
     """The whole estimate; an upper bound in lengths (every row at its limit), typical in the rest."""
     answers = cfg.rollout.n if cfg.actor.objective == "policy" else 1
@@ -256,8 +260,8 @@ def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
         passes = passes_of(cfg, setting, cfg.critic.ppo_mini_batch_size, cfg.critic.micro_batch_tokens, answers)
         critic = estimate_model(setting.critic, cfg.critic.model, setting, cfg.fsdp, passes, causal=False)
     shards = max(1, setting.world_size // cfg.fsdp.replicate)
-    needs_reference = cfg.actor.use_kl_loss and cfg.actor.objective == "policy" and not cfg.actor.model.lora.rank
-    reference = estimate_reference(cfg, setting, shards) if needs_reference else None
+    own = needs_reference(cfg) and not cfg.actor.model.lora.rank  # with LoRA it is the student, its adapters off
+    reference = estimate_reference(setting.student, shards) if own else None
     return _peaks(cfg, setting, actor, reference, critic)
 
 
@@ -306,16 +310,15 @@ def _peaks(
             host += copied
         else:
             resident += copied
-    stays = 0.0 if reshards(cfg.fsdp, setting.world_size) else actor.gathered
-    resident += reference.gathered if reference is not None else 0
     updates = [actor.updating]
     if critic is not None:
-        updates.append(stays + critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
+        beside = sampler.rollout_only if cfg.trainer.overlap else 0
+        updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0) + beside)
     sleeps = cfg.rollout.sleep and on_gpu
     host += sampler.weights if sleeps else 0
     largest_tensor = setting.student.embedding_params * FP32
     training_peak = resident + max(updates) + (0 if sleeps else sampler.weights + sampler.kv_cache)
-    rollout_peak = resident + stays + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
+    rollout_peak = resident + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
     local = setting.local_size or max(1, setting.world_size // cfg.trainer.nnodes)
     if on_gpu:  # every process reads the whole model into host memory before it keeps its shard
         host_ram = local * (HOST_PER_GPU_PROCESS + host + actor.parameters * FP32)

@@ -24,7 +24,7 @@ from gadcli.config.schema import ActorConfig
 from gadcli.engine.accumulate import mini_batches, passes
 from gadcli.engine.dist import World, sum_over_ranks
 from gadcli.engine.layout import Group, mask_of, to_padded
-from gadcli.engine.models import adapters_off, without_dropout
+from gadcli.engine.models import adapters_off, free_gathered, without_dropout
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
 
@@ -67,6 +67,16 @@ class Actor:
         temperature = self.temperature if temperature is None else temperature
         return answer_logprobs(model, groups, width, temperature, self.cfg.micro_batch_tokens, self.world, reference)
 
+    def old_logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs [B, T] from before the first update; NaN in the first mini-batch: its own first pass gives them."""
+        batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
+        others = [prompt for batch in batches[1:] for prompt in batch]
+        old_BT = torch.full((len(rollout.lengths), rollout.width), torch.nan)
+        if others:
+            first_rows = len(batches[0]) * len(rollout.answers[0])
+            old_BT[first_rows:] = self.logprobs(rollout.select(others).student_groups(), rollout.width)
+        return old_BT
+
     def sft_update(self, groups: Sequence[Group]) -> Metrics:
         """One supervised step on teacher answers; the loss is divided by the teacher tokens of all ranks."""
         (tokens,) = sum_over_ranks([sum(len(a) for g in groups for a in g.answers)])
@@ -87,7 +97,8 @@ class Actor:
     def update(self, rollout: Rollout, advantages_PG: Tensor, old_BT: Tensor | None, ref_BT: Tensor | None) -> Metrics:
         """`ppo_epochs` passes over the rollout in mini-batches; returns metrics averaged over all updates.
 
-        `old_BT` may be None where the whole rollout is one mini-batch: the first pass then is the old policy.
+        `old_BT` may be None where the whole rollout is one mini-batch, and NaN for the first of several: the first pass
+        then is the old policy.
         """
         batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
         if old_BT is None and len(batches) > 1:
@@ -215,6 +226,7 @@ def answer_logprobs(
             if weight:
                 rows = [row for i in indices for row in range(first_row[i], first_row[i + 1])]
                 out_BT[rows] = to_padded(logp_N, layout.lengths, width).cpu()
+    free_gathered(model)
     return out_BT
 
 

@@ -20,7 +20,7 @@ from gadcli.config.schema import CriticConfig
 from gadcli.engine.accumulate import mini_batches, passes
 from gadcli.engine.dist import World, sum_over_ranks
 from gadcli.engine.layout import Group, Layout, mask_of, to_padded
-from gadcli.engine.models import kept_gathered
+from gadcli.engine.models import free_gathered, kept_gathered
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
 
@@ -59,20 +59,44 @@ class Critic:
                 sizes = [len(groups[i].answers) for i in indices]
                 for i, raw in zip(indices, torch.split(raw_B.cpu(), sizes), strict=True):
                     out[i] = raw
+        free_gathered(self.model)
         return out
 
     def score_and_update(self, rollout: Rollout) -> tuple[Scores, Metrics]:
         """(scores from before the update, metrics): one update a mini-batch of prompts.
 
-        Where the whole rollout is one mini-batch, the update's own forward pass gives the scores: no pass is wasted.
+        The first mini-batch's scores are those of its own update's forward pass, before which nothing has changed; a
+        pass of their own is made for the others alone.
         """
         batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
-        before = torch.stack(self.score(rollout.pair_groups())) if len(batches) > 1 else None
+        others = self._score_others(rollout, batches)
+        seen, metrics = self._learn(rollout, batches)
+        if others:
+            seen[len(batches[0]) :] = torch.stack(others)
+        return Scores.of(seen), metrics
+
+    def score_pairs(self, rollout: Rollout) -> Scores:
+        """The scores alone, in the same passes: for those who need them before the update is made."""
+        batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
+        first = self.score(rollout.select(batches[0]).pair_groups())
+        return Scores.of(torch.stack(first + self._score_others(rollout, batches)))
+
+    def _score_others(self, rollout: Rollout, batches: list[list[int]]) -> list[Tensor]:
+        """Scores of the prompts behind the first mini-batch."""
+        prompts = [prompt for batch in batches[1:] for prompt in batch]
+        return self.score(rollout.select(prompts).pair_groups()) if prompts else []
+
+    def update(self, rollout: Rollout) -> Metrics:
+        """The update alone, where the scores were had before."""
+        return self._learn(rollout, mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world))[1]
+
+    def _learn(self, rollout: Rollout, batches: list[list[int]]) -> tuple[Tensor, Metrics]:
+        """One update a mini-batch; each pair's scores as its own update saw them."""
         metrics: Metrics = {}
         seen = torch.zeros(len(rollout.rows), len(rollout.answers[0]) + 1)
         for prompts in batches:
             add_metrics(metrics, self._step(rollout, prompts, seen))
-        return Scores.of(seen if before is None else before), metrics
+        return seen, metrics
 
     def _step(self, rollout: Rollout, prompts: list[int], seen: Tensor) -> Metrics:
         groups = rollout.select(prompts).pair_groups()

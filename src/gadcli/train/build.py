@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from gadcli.config.memory import needs_reference
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, count_overlap, open_dataset
 from gadcli.data.order import BatchOrder
@@ -183,8 +184,7 @@ def _vocabulary(path: str) -> int:
 
 def _build_reference(cfg: GadConfig, actor_path: str, actor_model: Any, world: World) -> Reference | None:
     """The frozen start, where a KL asks for it; with LoRA it is the actor with its adapters off."""
-    wanted = (cfg.actor.use_kl_loss and cfg.actor.kl_loss_coef > 0) or cfg.algorithm.use_kl_in_reward
-    if cfg.stage == "seqkd" or cfg.actor.objective != "policy" or not wanted:
+    if cfg.stage == "seqkd" or not needs_reference(cfg):
         return None
     if cfg.actor.model.lora.rank:
         return Reference(actor_model, adapters=True)

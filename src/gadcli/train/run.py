@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, TokenizedRow
@@ -28,6 +28,9 @@ from gadcli.train.records import Records
 from gadcli.train.saving import collect, save
 from gadcli.train.steplog import StepLog
 from gadcli.train.stopping import StopFlag
+
+if TYPE_CHECKING:
+    from gadcli.train.overlap import Ahead
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Run:
     reference: Reference | None = None
     maybe_critic: Critic | None = None
     synced_step: int = -1
+    ahead: Ahead | None = None  # the next step's answers, where trainer.overlap has drawn them already
     unhealthy: bool = False
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
 
@@ -86,10 +90,14 @@ class Run:
         """(step from 1, this rank's rows), from after the last save until the end, a stop or the time limit."""
         while self.progress.step < self.progress.total_steps:
             step = self.progress.step + 1
-            rows = [self.train_data[i] for i in self.order.rows(step - 1)]
-            yield step, [rows[i] for i in self._share(rows)]
+            yield step, self.rows_of(step)
             if self._asked_to_stop():
                 return
+
+    def rows_of(self, step: int) -> list[TokenizedRow]:
+        """This rank's rows of a step."""
+        rows = [self.train_data[i] for i in self.order.rows(step - 1)]
+        return [rows[i] for i in self._share(rows)]
 
     def _share(self, rows: list[TokenizedRow]) -> list[int]:
         """This rank's rows: like counts and like tokens, the teacher's length standing in for the student's."""
@@ -131,16 +139,21 @@ class Run:
         return self.synced_step != self.actor.optimizer.updates
 
     def roll_out(self, rows: list[TokenizedRow], step: int, log: StepLog) -> Rollout:
-        """`rollout.n` answers to each prompt, from seeds that only run seed, step and row decide."""
+        """`rollout.n` answers to each prompt."""
         assert self.sampler is not None
-        sampling = Sampling.of(self.cfg.rollout, self.cfg.data.max_response_length)
-        seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
         start = time.monotonic()
-        rollout = Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))
+        rollout = self.draw(rows, step)
         self.sampler.rest()
         (tokens,) = sum_over_ranks([sum(rollout.lengths)])
         log.put("rollout/tokens_per_s", tokens / max(time.monotonic() - start, 1e-9))
         return rollout
+
+    def draw(self, rows: list[TokenizedRow], step: int) -> Rollout:
+        """Answers from seeds that only run seed, step and row decide, whenever and beside whatever they are drawn."""
+        assert self.sampler is not None
+        sampling = Sampling.of(self.cfg.rollout, self.cfg.data.max_response_length)
+        seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
+        return Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))
 
     def finish_step(
         self, log: StepLog, rows: list[TokenizedRow], rollout: Rollout | None = None, scores: Scores | None = None
