@@ -124,7 +124,7 @@ def _as_full_disk(error: BaseException) -> ResourceError | None:
     """A disk that filled while something other than a checkpoint was written (a log, a sample); None for all else."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError) and error.errno in numbers:
-        text = error.strerror + (f" ({error.filename})" if error.filename else "")
+        text = str(error.strerror) + (f" ({error.filename})" if error.filename else "")
     elif any(os.strerror(number) in str(error) for number in numbers):  # Rust and C++ have only words for it
         text = (str(error).splitlines() or [""])[0][:200]
     else:
