@@ -19,6 +19,7 @@ from gadcli.config.schema import LoraConfig, ModelConfig, OptimConfig
 from gadcli.engine import optim, sync
 from gadcli.engine.actor import Actor, Reference
 from gadcli.engine.dist import World
+from gadcli.engine.models import load_actor
 from gadcli.engine.rows import Rollout, teacher_groups
 
 ROUNDING = 1e-5
@@ -32,6 +33,17 @@ def adapted(world: World, path: str, rollout: Rollout, **lora: Any) -> Actor:
 
 
 # ---- LoRA ----
+
+
+def test_adapters_are_drawn_from_the_seed_and_leave_the_global_generator_alone(model_path: str) -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        loaded = load_actor(model_path, ModelConfig(lora=LoraConfig(rank=4)), seed)
+        return torch.cat([p.flatten() for name, p in loaded.named_parameters() if "lora_A" in name])
+
+    before = torch.get_rng_state()
+    first, other, again = drawn(3), drawn(4), drawn(3)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_with_adapters_off_the_actor_is_the_base_model_exactly(world: World, model_path: str) -> None:

@@ -75,11 +75,11 @@ def _backbone(model: Any, layout: Layout, embeds_RLH: torch.Tensor | None = None
     return out.last_hidden_state
 
 
-def load_actor(path: str, cfg: ModelConfig, *, trainable: bool = True) -> PreTrainedModel:
-    """The student (or, with `trainable=False`, its frozen reference) in float32 on the host."""
+def load_actor(path: str, cfg: ModelConfig, seed: int = 0, *, trainable: bool = True) -> PreTrainedModel:
+    """The student (or, with `trainable=False`, its frozen reference) in float32 on the host; adapters are `seed`'s."""
     config = _read_config(path, cfg)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=SHARED)
-    _prepare(model, cfg, trainable)
+    _prepare(model, cfg, seed, trainable)
     model.answer_logprobs = types.MethodType(answer_logprobs, model)
     choose_layout(model, path, SHARED)
     return model
@@ -107,7 +107,7 @@ def load_critic(path: str, cfg: ModelConfig, seed: int, *, twice_differentiable:
         model, info = AutoModelForTokenClassification.from_pretrained(
             path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
-    _prepare(model, cfg, trainable=True)
+    _prepare(model, cfg, seed, trainable=True)
     model.score.weight.requires_grad_(True)
     if model.score.bias is not None:
         # A loss of score differences gives it a gradient of rounding errors alone, which Adam blows up to whole steps.
@@ -129,7 +129,7 @@ def _read_config(path: str, cfg: ModelConfig) -> Any:
     return config
 
 
-def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
+def _prepare(model: PreTrainedModel, cfg: ModelConfig, seed: int, trainable: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # old and new log-probs must be the same function of the weights
@@ -137,7 +137,7 @@ def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
             module.attention_dropout = 0.0
     model.requires_grad_(trainable and not cfg.lora.rank)
     if trainable and cfg.lora.rank:
-        _add_lora(model, cfg.lora)
+        _add_lora(model, cfg.lora, seed)
     if trainable and cfg.train_layers:
         _freeze_below(model, cfg.train_layers)
     if trainable and cfg.gradient_checkpointing:
@@ -145,14 +145,15 @@ def _prepare(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> None:
     model.train()  # gradient checkpointing acts in train mode only; there is no dropout left to turn on
 
 
-def _add_lora(model: PreTrainedModel, cfg: LoraConfig) -> None:
+def _add_lora(model: PreTrainedModel, cfg: LoraConfig, seed: int) -> None:
     targets = [name.strip() for name in cfg.target_modules.split(",")]
     if targets == ["all-linear"]:
         inside = {name.rsplit(".", 1)[-1] for name, m in model.model.named_modules() if isinstance(m, nn.Linear)}
         targets = sorted(inside)  # by name, so that heads (lm_head, score) stay out
-    inject_adapter_in_model(
-        PeftLoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets), model
-    )
+    adapter = PeftLoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(adapter, model)
 
 
 def _freeze_below(model: PreTrainedModel, train_layers: int) -> None:

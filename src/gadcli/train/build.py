@@ -47,7 +47,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     for note in notes:
         records.event("note", note, level="warn", step=_step_of(resume_from))
 
-    loaded = load_actor(actor_path, cfg.actor.model)
+    loaded = load_actor(actor_path, cfg.actor.model, cfg.trainer.seed)
     _say_if_unshared(loaded, records)
     actor_model = shard(loaded, world, cfg.fsdp, cfg.actor.model.dtype)
     actor = Actor(
