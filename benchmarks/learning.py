@@ -242,16 +242,17 @@ def read_run(folder: Path) -> tuple[int, float, dict[int, float]]:
     return len(seconds), len(seconds) * typical, evals
 
 
-def run_seed(plan: Plan, out: Path, seed: int, arms: list[str], keep: bool) -> None:
+def run_seed(plan: Plan, out: Path, seed: int, arms: list[str], keep: bool, base: bool) -> None:
     """All wanted arms of one seed, each recorded as it ends."""
     wanted = [arm for arm in ARMS if arm in arms or any(arm in NEEDS[other] for other in arms)]
     done = {record["arm"]: record for record in read_results(out) if record["seed"] == seed}
     if any(found["plan"] != asdict(plan) for found in done.values()):
         raise SystemExit(f"{out}: holds results of other settings; give another --out")
-    if all(arm in done for arm in ["base", *wanted]):
+    first = ["base"] if base else []
+    if all(arm in done for arm in [*first, *wanted]):
         return
     bench = Bench(plan, out, seed)
-    if "base" not in done:
+    if base and "base" not in done:
         record(out, plan, seed, "base", bench.test_figures("base", plan.model), None, 0.0)
     trained: dict[str, Trained] = {}
     spent: dict[str, float] = {}
@@ -332,6 +333,7 @@ def arguments() -> argparse.Namespace:
         add(f"--{stage}", action="append", default=[], metavar="KEY=VALUE", help=f"override for {stage}")
     add("--eval", action="append", default=[], metavar="WORD", help="a word for gad eval, as --eval=--engine=hf")
     add("--keep-checkpoints", action="store_true", help="about 30 GB a seed")
+    add("--no-base", action="store_true", help="leave the base model's own figures out")
     add("--report", action="store_true", help="draw table and plot from what is there")
     return parser.parse_args()
 
@@ -353,7 +355,7 @@ def main() -> None:
         plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
         options.out.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
-            run_seed(plan, options.out.resolve(), seed, options.arms, options.keep_checkpoints)
+            run_seed(plan, options.out.resolve(), seed, options.arms, options.keep_checkpoints, not options.no_base)
     print(learning_report.write(options.out, list(read_results(options.out))))
 
 
