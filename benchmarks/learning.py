@@ -4,7 +4,7 @@
 
 For each seed, on the same fixed, limited set of teacher rows:
   a  SeqKD until its held-out ROUGE-L stops improving; its best checkpoint
-  b  warm-up and gad from (a), for a fixed time on the clock
+  b  warm-up and gad from (a), for a fixed time on the clock (or --gad-steps)
   c  SeqKD continued from (a) for as long as (b) trained: the control
   d  warm-up and gad from a deliberately early SeqKD checkpoint
   e  SeqKD continued from that checkpoint for as long as (d) trained: its control
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -30,14 +31,18 @@ import pyarrow.parquet as pq
 
 import learning_nano
 import learning_report
+import learning_spread
 from gadcli.data.smollm import ensure_demo_model
 from gadcli.data.stdlib_text import has_form, write_demo_data
 from gadcli.engine.retention import best_checkpoint
+from gadcli.evaluate.fresh_discriminator import fresh_discriminator
+from gadcli.evaluate.text import Sample
 
 CHOOSE_BY = "val/rouge_l"
 NO_END = 1_000_000  # steps: the clock ends the run
 ARMS = ("a", "b", "c", "d", "e")
-TASKS = ("docstrings", "ordering")  # the demo's student and text; the nano student's (learning_nano.py)
+NANO = {"ordering": learning_nano, "spread": learning_spread}  # tasks of words, with students of a few layers
+TASKS = ("docstrings", *NANO)  # the demo's student and text first
 NEEDS = {"a": (), "b": ("a",), "c": ("a", "b"), "d": (), "e": ("d",)}
 
 
@@ -51,12 +56,15 @@ class Plan:
     teacher_rows: int
     val_rows: int
     budget_s: float
+    gad_steps: int
     warmup_steps: int
     chunk: int
     patience: int
+    looks_a_call: int
     min_gain: float
     max_seqkd_steps: int
     early_steps: int
+    fresh_rows: int
     evals: int
     temperature: float
     max_prompt_length: int
@@ -88,7 +96,7 @@ class Bench:
         self.runs.mkdir(parents=True, exist_ok=True)
         self.finished = self.runs / "finished_stages.txt"
         self.cache = self.runs / "cache"  # converted checkpoints: half a gigabyte each, and nobody else's
-        write = learning_nano.write_data if plan.task == "ordering" else write_demo_data
+        write = NANO[plan.task].write_data if plan.task in NANO else write_demo_data
         files = write(self.runs / "data", seed)
         self.val, self.test = files.val, files.test
         self.train = self.runs / "data" / f"train_{plan.teacher_rows}.parquet"
@@ -100,7 +108,7 @@ class Bench:
         """SeqKD in chunks until `patience` evaluations in a row have gained less than `min_gain`."""
         plan, steps = self.plan, 0
         while True:
-            steps += plan.chunk
+            steps += plan.chunk * plan.looks_a_call
             trained = self.stage("seqkd", "a", plan.model, steps=steps, test_freq=plan.chunk)
             if steps >= plan.max_seqkd_steps or stopped_improving(trained.evals, plan.patience, plan.min_gain):
                 return trained
@@ -111,18 +119,23 @@ class Bench:
     def adversarial(self, name: str, start: Path) -> tuple[Trained, float]:
         """Warm-up and gad from a SeqKD checkpoint within the budget; returns gad's end and both stages' seconds."""
         plan = self.plan
+        extent: dict[str, Any] = {"steps": plan.gad_steps, "test_freq": max(1, plan.gad_steps // plan.evals)}
         warmup = self.stage("warmup", f"{name}-warmup", str(start / "actor"), steps=plan.warmup_steps, test_freq=0)
         left = max(1.0, plan.budget_s - warmup.seconds)
         last = warmup.best
-        test_freq = max(1, int(left / plan.evals / max(warmup.seconds_a_step, 1e-3)))
-        trained = self.stage("gad", name, str(last / "actor"), reward=str(last / "critic"), limit_s=left,
-                             test_freq=test_freq)  # fmt: skip
+        if not plan.gad_steps:
+            test_freq = max(1, int(left / plan.evals / max(warmup.seconds_a_step, 1e-3)))
+            extent = {"limit_s": left, "steps": NO_END, "test_freq": test_freq}
+        trained = self.stage("gad", name, str(last / "actor"), reward=str(last / "critic"), **extent)
         return trained, warmup.seconds + trained.seconds
 
     def continued(self, name: str, start: Path, seconds: float, seconds_a_step: float) -> Trained:
         """The control: SeqKD from the same checkpoint for the same seconds, looked at as often."""
         test_freq = max(1, int(seconds / self.plan.evals / max(seconds_a_step, 1e-3)))
-        return self.stage("seqkd", name, str(start / "actor"), limit_s=seconds, test_freq=test_freq)
+        extent: dict[str, Any] = (
+            {"steps": max(1, int(seconds / seconds_a_step))} if self.plan.gad_steps else {"limit_s": seconds}
+        )
+        return self.stage("seqkd", name, str(start / "actor"), test_freq=test_freq, **extent)
 
     # -- the commands --
 
@@ -183,6 +196,7 @@ class Bench:
         words = ["eval", str(model), "--data", str(self.test), "-t", "0", "-t", str(self.plan.temperature), "--json"]
         words += ["--max-prompt-length", str(self.plan.max_prompt_length), "--seed", str(self.seed), "--quiet"]
         words += ["--max-response-length", str(self.plan.max_response_length), *self.plan.overrides.get("eval", [])]
+        words += ["--no-fresh"] if self.plan.fresh_rows else []
         report = json.loads(self.gad(name, [*words, "--samples", str(samples)]))
         answers = [json.loads(line) for line in samples.read_text().splitlines()]
         figures: dict[str, Any] = {"prompts": report["models"][0]["prompts"]}
@@ -190,11 +204,19 @@ class Bench:
             own = [answer for answer in answers if answer["temperature"] == found["temperature"]]
             form = sum(in_form(self.plan.task, answer) for answer in own) / len(own)
             figures[kind] = {**found["metrics"], "val/form": form}
+            if self.plan.fresh_rows:
+                figures[kind]["val/fresh_accuracy"] = fresh_accuracy(own[: self.plan.fresh_rows], self.seed)
         return figures
 
 
+def fresh_accuracy(answers: list[dict[str, Any]], seed: int) -> float:
+    """`gad eval`'s fresh discriminator on some of its answers: on all of them it takes longer than the sampling."""
+    keys = ("student", "teacher", "student_length", "teacher_length", "finished", "prompt")
+    return fresh_discriminator([Sample(**{key: answer[key] for key in keys}) for answer in answers], seed).accuracy
+
+
 def in_form(task: str, answer: dict[str, Any]) -> bool:
-    return learning_nano.has_form(answer) if task == "ordering" else has_form(answer["student"])
+    return NANO[task].has_form(answer) if task in NANO else has_form(answer["student"])
 
 
 def stopped_improving(evals: dict[int, float], patience: int, min_gain: float) -> bool:
@@ -204,7 +226,10 @@ def stopped_improving(evals: dict[int, float], patience: int, min_gain: float) -
 
 
 def read_run(folder: Path) -> tuple[int, float, dict[int, float]]:
-    """Steps, the seconds they took, and the evaluations of a run; what a resume repeated counts once."""
+    """Steps, their seconds, and the evaluations of a run; what a resume repeated counts once.
+
+    The seconds are steps times the median step: a machine stopped or busy for a while gives no arm more time.
+    """
     seconds: dict[int, float] = {}
     evals: dict[int, float] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -213,19 +238,21 @@ def read_run(folder: Path) -> tuple[int, float, dict[int, float]]:
             seconds[record["step"]] = record["metrics"]["timing_s/step"]
         elif record["type"] == "eval":
             evals[record["step"]] = record["metrics"][CHOOSE_BY]
-    return len(seconds), sum(seconds.values()), evals
+    typical = statistics.median(seconds.values()) if seconds else 0.0
+    return len(seconds), len(seconds) * typical, evals
 
 
-def run_seed(plan: Plan, out: Path, seed: int, arms: list[str], keep: bool) -> None:
+def run_seed(plan: Plan, out: Path, seed: int, arms: list[str], keep: bool, base: bool) -> None:
     """All wanted arms of one seed, each recorded as it ends."""
     wanted = [arm for arm in ARMS if arm in arms or any(arm in NEEDS[other] for other in arms)]
     done = {record["arm"]: record for record in read_results(out) if record["seed"] == seed}
     if any(found["plan"] != asdict(plan) for found in done.values()):
         raise SystemExit(f"{out}: holds results of other settings; give another --out")
-    if all(arm in done for arm in ["base", *wanted]):
+    first = ["base"] if base else []
+    if all(arm in done for arm in [*first, *wanted]):
         return
     bench = Bench(plan, out, seed)
-    if "base" not in done:
+    if base and "base" not in done:
         record(out, plan, seed, "base", bench.test_figures("base", plan.model), None, 0.0)
     trained: dict[str, Trained] = {}
     spent: dict[str, float] = {}
@@ -283,18 +310,21 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("learning"))
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    add("--task", choices=TASKS, default=TASKS[0], help="ordering: a nano student, minutes a seed")
+    add("--task", choices=TASKS, default=TASKS[0], help="ordering, spread: nano students, minutes a seed")
     add("--model", default="", help="default: the task's own")
     add("--preset", default="demo")
     add("--teacher-rows", type=int, default=128)
     add("--val-rows", type=int, default=96)
     add("--budget-s", type=float, default=600.0, help="training seconds of (b) and (d), and so of their controls")
+    add("--gad-steps", type=int, default=0, help="end (b) and (d) by steps, their controls by those steps' seconds")
     add("--warmup-steps", type=int, default=14)
     add("--chunk", type=int, default=8, help="SeqKD steps between looks at the validation rows")
     add("--patience", type=int, default=3, help="looks without a gain that end (a)")
+    add("--looks-a-call", type=int, default=1, help="looks between which `gad` is not started anew")
     add("--min-gain", type=float, default=0.002)
     add("--max-seqkd-steps", type=int, default=160)
     add("--early-steps", type=int, default=8, help="SeqKD steps before (d) and (e)")
+    add("--fresh-rows", type=int, default=0, help="test rows for the fresh discriminator; 0: all")
     add("--evals", type=int, default=6, help="looks at the validation rows in each of b, c, d, e")
     add("--temperature", type=float, default=1.0)
     add("--max-prompt-length", type=int, default=0, help="default: the task's own")
@@ -303,28 +333,29 @@ def arguments() -> argparse.Namespace:
         add(f"--{stage}", action="append", default=[], metavar="KEY=VALUE", help=f"override for {stage}")
     add("--eval", action="append", default=[], metavar="WORD", help="a word for gad eval, as --eval=--engine=hf")
     add("--keep-checkpoints", action="store_true", help="about 30 GB a seed")
+    add("--no-base", action="store_true", help="leave the base model's own figures out")
     add("--report", action="store_true", help="draw table and plot from what is there")
     return parser.parse_args()
 
 
 def own_model(task: str, out: Path) -> Path:
-    return learning_nano.write_student(out / "nano") if task == "ordering" else ensure_demo_model()
+    return NANO[task].write_student(out / "nano") if task in NANO else ensure_demo_model()
 
 
 def main() -> None:
     options = arguments()
     if not options.report:
         options.model = options.model or str(own_model(options.task, options.out.resolve()))
-        ordering = options.task == "ordering"
-        own = learning_nano.SETTINGS if ordering else {}
+        nano = NANO.get(options.task)
+        own = nano.settings(options.out.resolve()) if nano else {}
         options.overrides = {stage: [*own.get(stage, []), *getattr(options, stage)] for stage in STAGES}
-        prompt, response = learning_nano.LIMITS if ordering else (192, 48)
+        prompt, response = nano.LIMITS if nano else (192, 48)
         options.max_prompt_length = options.max_prompt_length or prompt
         options.max_response_length = options.max_response_length or response
         plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
         options.out.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
-            run_seed(plan, options.out.resolve(), seed, options.arms, options.keep_checkpoints)
+            run_seed(plan, options.out.resolve(), seed, options.arms, options.keep_checkpoints, not options.no_base)
     print(learning_report.write(options.out, list(read_results(options.out))))
 
 

@@ -82,7 +82,16 @@ def write_data(folder: Path, seed: int) -> NanoFiles:
     return NanoFiles(*(folder / f"{name}.parquet" for name in ("train", "val", "test")))
 
 
-def write_student(folder: Path, *, layers: int = 3, width: int = 96, seed: int = 0) -> Path:
+def write_student(folder: Path) -> Path:
+    return write_model(folder, WORDS, layers=3, width=96, seed=0)
+
+
+def settings(_: Path) -> dict[str, list[str]]:
+    """Overrides for each stage."""
+    return SETTINGS
+
+
+def write_model(folder: Path, vocabulary: list[str], *, layers: int, width: int, seed: int) -> Path:
     """A Llama with random weights and a tokenizer that has a token a word, as a Hugging Face folder."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -90,7 +99,7 @@ def write_student(folder: Path, *, layers: int = 3, width: int = 96, seed: int =
 
     if (folder / "model.safetensors").exists():
         return folder
-    names = ["<|im_start|>", END, "<unk>", "user", "assistant", "order", "these:", *WORDS]
+    names = ["<|im_start|>", END, "<unk>", "user", "assistant", "order", "these:", *vocabulary]
     words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["<|im_start|>", END])

@@ -27,6 +27,7 @@ COLUMNS = (
 )
 CLAIMS = (("b", "a"), ("b", "c"), ("d", "e"))
 PLOTTED = (("ROUGE-L, sampled", "sampled", "val/rouge_l"), ("ROUGE-L, greedy", "greedy", "val/rouge_l"),
+           ("form, sampled", "sampled", "val/form"), ("form, greedy", "greedy", "val/form"),
            ("exact match, sampled", "sampled", "val/exact_match"), ("exact match, greedy", "greedy", "val/exact_match"),
            ("fresh discriminator, sampled", "sampled", "val/fresh_accuracy"))  # fmt: skip
 
