@@ -226,7 +226,8 @@ def answer_logprobs(
             if weight:
                 rows = [row for i in indices for row in range(first_row[i], first_row[i + 1])]
                 out_BT[rows] = to_padded(logp_N, layout.lengths, width).cpu()
-    free_gathered(model)
+        # Before adapters come back on: peft switches gradients off and on, on the parameters that are in place then.
+        free_gathered(model)
     return out_BT
 
 
