@@ -53,7 +53,7 @@ def table(results: Results) -> str:
         return "\n".join([*lines, "Nothing has been run yet.", ""])
     prompts = sorted({entry["test"]["prompts"] for found in results.values() for entry in found.values()})
     lines += [
-        f"Test rows: {', '.join(map(str, prompts))} prompts that no tuning read. Mean ± standard deviation over seeds. "
+        f"Test rows: {', '.join(map(str, prompts))} prompts. Mean ± standard deviation over seeds. "
         "`seconds` is training time beyond the arm's start; fresh acc .5 means indistinguishable.",
         "",
     ]
