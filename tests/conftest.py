@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,3 +24,11 @@ LONG_FILES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: begun last, one of them would run on alone while the other worker has nothing left."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its data: `engine.training.write_inputs`."""
+    from engine.training import write_inputs  # most test files need none of what it imports
+
+    return write_inputs(tmp_path_factory.mktemp("inputs"))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from engine.training import prepare
@@ -39,7 +38,6 @@ def process_as_it_was() -> Iterator[None]:
 
 def begin(run_dir: Path, inputs: Path, *overrides: str, stage: str = "gad") -> Run:
     prepare(run_dir, inputs, stage, *SETTINGS, *overrides)
-    torch.manual_seed(0)  # a worker's process begins with a generator that nothing has drawn from (LoRA's start)
     return build_run(load_resolved(run_dir / "config.yaml"), run_dir, resume_from=None)
 
 

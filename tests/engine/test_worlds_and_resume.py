@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.training import manifest_hashes, prepare, records, start, steps, train, write_inputs
+from engine.training import manifest_hashes, prepare, records, start, steps, train
 
 RELATIVE = 1e-4  # float32, other orders of summation over five steps
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 GAD = ["trainer.total_steps=5", "trainer.critic_warmup=1", "actor.ppo_epochs=2", "actor.ppo_mini_batch_size=4",

@@ -67,6 +67,19 @@ def start(run_dir: Path, world: int = 1, *, resume: bool = False) -> list[subpro
     return workers
 
 
+def end_of_hung_worker(run_dir: Path, patch: str) -> tuple[dict[str, Any], str]:
+    """The real worker after `patch` (lines of Python) has made it hang: it must end with 7; its record, its stderr."""
+    (run_dir / "logs").mkdir()
+    program = f"{patch}\nfrom gadcli.train.worker import main\nmain()\n"
+    env = environment() | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", program, "--run-dir", str(run_dir)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 7, done.stderr[-2000:]
+    record = json.loads((run_dir / "logs" / "rank_0.exit.json").read_text())
+    assert record["code"] == 7 and record["kind"] == "PeerError"
+    return record, done.stderr
+
+
 def train(run_dir: Path, world: int = 1, *, resume: bool = False, timeout: float = 240) -> list[dict[str, Any]]:
     """Run to the end; all ranks must end with 0. Returns the records."""
     workers = start(run_dir, world, resume=resume)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from engine.training import environment, prepare, steps, train, write_inputs
+from engine.training import environment, prepare, steps, train
 from gadcli.engine.environment import engine_variables
 from gadcli.merge.pick import models_in
 from gadcli.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
@@ -36,11 +36,6 @@ prompts = [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(sys.argv[2])
 found = [list(out.outputs[0].token_ids) for out in llm.generate(prompts, greedy, use_tqdm=False)]
 print("FOUND", json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

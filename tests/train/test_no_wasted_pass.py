@@ -8,33 +8,22 @@ the student runs while the critic learns alone, and no sync where no weight has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.in_process import begin, process_as_it_was
-from engine.training import write_inputs
+from engine.in_process import begin
 from gadcli.engine.rows import Rollout
 from gadcli.train.adversarial import learn_and_draw_ahead, learn_from, roll_out_now
 from gadcli.train.build import close_run
 from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
 
+pytestmark = pytest.mark.usefixtures("left_as_it_was")
+
 SMALL = ["trainer.test_freq=0", "data.train_batch_size=4", "data.val_files=[]"]
-
-
-@pytest.fixture(autouse=True)
-def left_as_it_was() -> Iterator[None]:
-    with process_as_it_was():
-        yield
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 class Counted:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.training import prepare, records, train, write_inputs
+from engine.training import prepare, records, train
 from gadcli.metrics.table import METRICS
 from gadcli.train import probe_set
 from gadcli.train.probe_set import PROBE_FILE, probe_metrics
@@ -21,11 +21,6 @@ from gadcli.train.probe_set import PROBE_FILE, probe_metrics
 # The critic is told apart from noise at any accuracy of .01 or more: the second evaluation's d_acc releases the actor.
 SETTINGS = ["trainer.total_steps=6", "trainer.critic_warmup=5", "trainer.critic_warmup_until=0.01",
             "trainer.test_freq=2", "trainer.save_freq=2", "actor.optim.lr=1e-2"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

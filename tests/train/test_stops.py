@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.in_process import begin, process_as_it_was, send_in, to_the_end
-from engine.training import manifest_hashes, records, steps, write_inputs
+from engine.training import manifest_hashes, records, steps
 from gadcli.engine.manifest import latest_valid, list_checkpoints
 from gadcli.errors import UnhealthyError
 from gadcli.metrics.health import Alarm
@@ -25,18 +24,9 @@ from gadcli.train import worker
 from gadcli.train.adversarial import train_adversarial
 from gadcli.train.build import build_run
 
+pytestmark = pytest.mark.usefixtures("left_as_it_was")
+
 CANARY = "canary-4711-0815"
-
-
-@pytest.fixture(autouse=True)
-def left_as_it_was() -> Iterator[None]:
-    with process_as_it_was():
-        yield
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
