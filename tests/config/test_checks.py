@@ -98,19 +98,26 @@ def test_an_engine_spans_ranks_that_split_the_students_heads(tmp_path: Path) -> 
 
 
 def test_the_limit_itself_fits() -> None:
-    judge("gad", "data.max_prompt_length=1024", "data.max_response_length=1024", "rollout.max_model_len=2048")
-    judge("gad", "rollout.n=2")
+    """And one token or answer beyond it does not."""
+    limits = ["data.max_prompt_length=1024", "data.max_response_length=1024"]
+    assert not any("max_model_len" in line for line in judge("gad", *limits, "rollout.max_model_len=2048"))
+    with pytest.raises(ConfigError, match="max_model_len"):
+        judge("gad", *limits, "rollout.max_model_len=2047")
+    assert not any("rollout.n" in line for line in judge("gad", "rollout.n=2"))
+    with pytest.raises(ConfigError, match=r"rollout\.n is 1"):
+        judge("gad", "rollout.n=1")
 
 
 def test_dropout_and_held_out_releases_are_fine_where_they_act() -> None:
-    judge("seqkd", "actor.model.lora.dropout=0.1")
-    judge("warmup", "trainer.critic_warmup_until=0.7", "trainer.test_freq=5")
-    judge("gad", "critic.gradient_penalty=1")
+    found = judge("seqkd", "actor.model.lora.dropout=0.1")
+    found += judge("warmup", "trainer.critic_warmup_until=0.7", "trainer.test_freq=5")
+    found += judge("gad", "critic.gradient_penalty=1")
+    assert [line for line in found if "dropout" in line or "critic_warmup_until" in line or "penalty" in line] == []
 
 
 def test_sft_needs_no_group() -> None:
-    judge("seqkd", "rollout.n=1")
-    judge("warmup", "rollout.n=1", "actor.objective=sft")
+    found = judge("seqkd", "rollout.n=1") + judge("warmup", "rollout.n=1", "actor.objective=sft")
+    assert [line for line in found if "rollout.n" in line] == []
 
 
 @pytest.mark.parametrize(
