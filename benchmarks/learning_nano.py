@@ -8,6 +8,7 @@ the student has to learn it). An answer is in form if it holds the same words, i
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,20 +65,32 @@ def has_form(sample: dict[str, Any]) -> bool:
 
 def write_data(folder: Path, seed: int) -> NanoFiles:
     """Parquet files of distinct prompts: held-out rows alike for every seed, training rows the seed's own."""
+    held_out = random.Random("held out")
+    sources = {"val": held_out, "test": held_out, "train": random.Random(f"train {seed}")}
+
+    def a_row(rng: random.Random) -> tuple[str, str]:
+        words = rng.sample(WORDS, rng.randint(SHORTEST, LONGEST))
+        return f"order these: {' '.join(words)}", right_answer(words)
+
+    return write_rows(folder, {"val": HELD_OUT, "test": HELD_OUT, "train": TRAIN_ROWS}, sources, a_row)
+
+
+def write_rows(
+    folder: Path,
+    sizes: dict[str, int],
+    sources: dict[str, random.Random],
+    a_row: Callable[[random.Random], tuple[str, str]],
+) -> NanoFiles:
+    """A file of (prompt, answer) rows for each name, drawn in the order of `sizes`; no prompt comes twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    held_out, train = random.Random("held out"), random.Random(f"train {seed}")
     seen: set[str] = set()
-    sizes = {"val": HELD_OUT, "test": HELD_OUT, "train": TRAIN_ROWS}
     for name, size in sizes.items():
         rows: list[dict[str, Any]] = []
-        rng = train if name == "train" else held_out
         while len(rows) < size:
-            words = rng.sample(WORDS, rng.randint(SHORTEST, LONGEST))
-            prompt = f"order these: {' '.join(words)}"
+            prompt, answer = a_row(sources[name])
             if prompt not in seen:
                 seen.add(prompt)
-                message = {"role": "user", "content": prompt}
-                rows.append({"content": [message], "teacher_response": right_answer(words)})
+                rows.append({"content": [{"role": "user", "content": prompt}], "teacher_response": answer})
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
     return NanoFiles(*(folder / f"{name}.parquet" for name in ("train", "val", "test")))
 

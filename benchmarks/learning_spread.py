@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 import learning_nano
 from learning_nano import NanoFiles, has_form
@@ -55,22 +51,15 @@ def an_answer(chosen: list[str], rng: random.Random) -> str:
 
 def write_data(folder: Path, seed: int) -> NanoFiles:
     """Parquet files of distinct prompts: held-out rows alike for every seed, training rows the seed's own."""
-    folder.mkdir(parents=True, exist_ok=True)
     # The test rows were drawn anew after the search had ended: earlier ones had been seen beside a regime given up.
-    sources = {"val": "held out", "test": "rows for the table alone", "train": f"train {seed}"}
-    seen: set[str] = set()
-    for name, size in {**HELD_OUT, "train": TRAIN_ROWS}.items():
-        rows: list[dict[str, Any]] = []
-        rng = random.Random(sources[name])
-        while len(rows) < size:
-            chosen = rng.sample(WORDS, rng.randint(SHORTEST, LONGEST))
-            prompt = f"order these: {', '.join(chosen)},"
-            if prompt not in seen:
-                seen.add(prompt)
-                message = {"role": "user", "content": prompt}
-                rows.append({"content": [message], "teacher_response": an_answer(chosen, rng)})
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
-    return NanoFiles(*(folder / f"{name}.parquet" for name in ("train", "val", "test")))
+    names = {"val": "held out", "test": "rows for the table alone", "train": f"train {seed}"}
+    sources = {name: random.Random(text) for name, text in names.items()}
+
+    def a_row(rng: random.Random) -> tuple[str, str]:
+        chosen = rng.sample(WORDS, rng.randint(SHORTEST, LONGEST))
+        return f"order these: {', '.join(chosen)},", an_answer(chosen, rng)
+
+    return learning_nano.write_rows(folder, {**HELD_OUT, "train": TRAIN_ROWS}, sources, a_row)
 
 
 def write_student(folder: Path) -> Path:
