@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from data_rows import good_rows, make_tokenizer, user
 from gadcli.config.schema import DataConfig
 from gadcli.data.batches import BatchOrder, Dataset, Permutation, count_overlap, open_dataset
 from gadcli.data.tokenize import ChatTokenizer
-from gadcli.errors import DataError
+from gadcli.errors import DataError, ResourceError
 
 Write = Callable[..., str]
 
@@ -109,6 +110,30 @@ def test_the_cache_is_built_once_and_keyed_by_all_it_depends_on(write: Write, tm
     copy = tmp_path / "copy.parquet"
     copy.write_bytes(Path(path).read_bytes())
     assert opened(config(str(copy))).fingerprint == first.fingerprint
+
+
+def test_a_full_disk_under_the_cache_names_the_cache_and_leaves_nothing(
+    write: Write, tmp_path: Path, tokenizer: Any
+) -> None:
+    """A limit on the size of files stands for the disk."""
+    path = write(good_rows(500))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(ResourceError, match=str(tmp_path / "c")) as full:
+            open_dataset([], tokenizer, config(path), 2048, "train", tmp_path / "c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.value.hint == "free disk space or set GAD_CACHE"
+    assert list((tmp_path / "c").glob("*.building")) == []
+    assert len(open_dataset([], tokenizer, config(path), 2048, "train", tmp_path / "c")) == 500
+
+
+def test_a_cache_that_can_keep_no_notes_is_not_blamed_on_the_file(write: Write, tmp_path: Path, tokenizer: Any) -> None:
+    """It said that the training file could not be read."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "files").write_text("a file where the folder of notes should be")
+    assert len(open_dataset([], tokenizer, config(write(good_rows(20))), 2048, "train", tmp_path / "c")) == 20
 
 
 def test_a_changed_file_is_noticed_though_its_name_and_size_stay(write: Write, tmp_path: Path, tokenizer: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +72,26 @@ def test_parts_too_large_to_sort_are_divided_and_one_hash_may_fill_many(
             found = np.concatenate(list(mine.shared_with(theirs)))
             assert np.sort(found).tolist() == rows.tolist()
     assert list(tmp_path.iterdir()) == []  # nothing is left on disk
+
+
+def test_a_full_disk_under_the_parts_is_told_as_one_and_where(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the write fails with an errno, in a process of its own."""
+    program = (
+        "import resource, signal, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from gadcli.data import duplicates\n"
+        "duplicates.IN_MEMORY = 1000\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "with duplicates.Repeats(Path(sys.argv[1])) as repeats:\n"
+        "    try:\n"
+        "        for i in range(100): repeats.add(np.arange(1000, dtype=np.uint64) << np.uint64(54), 1000 * i)\n"
+        "    except OSError as error: print(error.errno, error.filename)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    number, where = done.stdout.split()
+    assert int(number) == errno.EFBIG and where.startswith(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_smallest_hashes_come_from_a_stream(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -323,9 +323,10 @@ class _Builder:
             self.ids_at += len(prompt) + len(answer)
             self.text_at += len(data)
             text.write(data)
-        np.fromiter(chain.from_iterable(pieces), "<u4").tofile(ids)
-        entries.tofile(index)
-        prompts_only.tofile(hashes)
+        # Not by numpy's tofile, whose error does not say that a disk is full.
+        ids.write(np.fromiter(chain.from_iterable(pieces), "<u4").tobytes())
+        index.write(entries.tobytes())
+        hashes.write(prompts_only.tobytes())
         return both
 
     def cut(self, ids: list[int], most: int) -> list[int]:
@@ -355,30 +356,38 @@ def _note_repeats(summary: Summary, repeats: Repeats, infos: list[FileInfo], fil
 
 def content_fingerprint(path: str, root: Path) -> str:
     """SHA-256 of a file's bytes; remembered with its inode, size and times, so that a file is read once only."""
+    note = root / "files" / hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
     try:
-        return _content_fingerprint(path, root)
+        stat = os.stat(path)
+        seen = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        if (digest := _noted(note, seen)) is not None:
+            return digest
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from None
+    with suppress(OSError):  # a full disk: the note only saves reading again, and what must be written tells of it
+        _write_note(note, json.dumps({"seen": seen, "sha256": digest}))
+    return digest
 
 
-def _content_fingerprint(path: str, root: Path) -> str:
-    stat = os.stat(path)
-    seen = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    notes = root / "files"
-    note = notes / hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
+def _noted(note: Path, seen: list[int]) -> str | None:
+    """The digest that was noted of a file as it is now; None where it was never seen, or the note is torn."""
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
-        if noted["seen"] == seen:
-            return str(noted["sha256"])
+        return str(noted["sha256"]) if noted["seen"] == seen else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # never seen, or a torn note: read the file
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    notes.mkdir(exist_ok=True)
+        return None
+
+
+def _write_note(note: Path, text: str) -> None:
+    note.parent.mkdir(exist_ok=True)
     fresh = note.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({"seen": seen, "sha256": digest}), encoding="utf-8")
-    os.replace(fresh, note)
-    return digest
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, note)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -121,9 +121,12 @@ def _deal(entries: npt.NDArray[np.void], shift: int, folder: Path) -> None:
     part = ((entries["hash"] >> np.uint64(shift)) % np.uint64(PARTS)).astype(np.int64)
     order = np.argsort(part, kind="stable")
     bounds = np.searchsorted(part[order], np.arange(PARTS + 1))
-    for p in range(PARTS):
-        with open(folder / str(p), "ab") as file:
-            entries[order[bounds[p] : bounds[p + 1]]].tofile(file)
+    try:
+        for p in range(PARTS):
+            with open(folder / str(p), "ab") as file:  # and not numpy's tofile, whose error does not say "disk full"
+                file.write(entries[order[bounds[p] : bounds[p + 1]]].tobytes())
+    except OSError as error:  # a write's error does not say where: TMPDIR, which the user may point elsewhere
+        raise OSError(error.errno, error.strerror, str(folder.parent)) from error
 
 
 def _divide(paths: list[Path], shift: int, folder: Path | None) -> Iterator[tuple[list[Path], bool]]:
