@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from enum import IntEnum
 
 
@@ -75,3 +77,13 @@ class SyncError(GadError):
     """The sampler does not run the actor's weights: our bug (exit 1), never the user's."""
 
     exit_code = ExitCode.BUG
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK_WORDS = tuple(os.strerror(number) for number in FULL_DISK)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of space: by number, or by words (all that Rust, C++ and other ranks give)."""
+    by_number = isinstance(error, OSError) and error.errno in FULL_DISK
+    return by_number or any(words in str(error) for words in FULL_DISK_WORDS)

@@ -29,7 +29,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from gadcli.errors import ExitCode, GadError, ResourceError
+from gadcli.errors import ExitCode, GadError, ResourceError, is_full_disk
 
 MAX_ERROR_LINES = 4
 TYPER_COMPLETION = ("install_completion", "show_completion")  # options that a group's own Typer adds by default
@@ -234,10 +234,6 @@ def dispatch(words: list[str], debug: bool) -> int:
 def drop_output() -> None:
     """Point stdout at nothing, so that the flush at exit is quiet too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def is_full_disk(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk(error: BaseException) -> ResourceError:

@@ -11,7 +11,6 @@ Every call is collective over the process group where there is one. If one rank 
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -61,9 +60,8 @@ from gadcli.engine.manifest import (
 )
 from gadcli.engine.retention import check_keep_last, prune, remove_leftovers
 from gadcli.engine.together import FAILURES, current_group, on_rank0, rank_and_world, together
-from gadcli.errors import CheckpointError, GadError, ResourceError
+from gadcli.errors import CheckpointError, GadError, ResourceError, is_full_disk
 
-DISK_FULL_WORDS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _SLACK = 64 << 20  # bytes asked for beyond the tensors: zip headers, config, tokenizer, the file system's own
 
 
@@ -143,12 +141,9 @@ def _prepare(run_dir: Path, final: Path, folder: Path, need: int, keep_last: int
 
 def _translated(error: BaseException, final: Path, need: int) -> GadError | None:
     """What the user is told: a full disk (DCP wraps it), DCP's own failure, or None to let `error` through."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # torch's zip writer hides the OSError of a short write behind a RuntimeError about positions.
-    # Rust, C++ and other ranks have only words for it: errors 28, 27 and 122 are those above.
-    hidden = ("unexpected pos", "file write failed", "PytorchStreamWriter failed", *DISK_FULL_WORDS)
-    chain = list(_chain(error))
-    hit = any((isinstance(c, OSError) and c.errno in full) or any(h in str(c) for h in hidden) for c in chain)
+    hidden = ("unexpected pos", "file write failed", "PytorchStreamWriter failed")
+    hit = any(is_full_disk(part) or any(words in str(part) for words in hidden) for part in _chain(error))
     if not hit and isinstance(error, CheckpointException):
         reasons = "; ".join(str(wrapped[0]) for wrapped in error.failures.values())
         return CheckpointError(f"{final} was not saved: {reasons[:200]}", "the one before it is intact")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcli.engine.manifest import check_disk, fsync_path, human_bytes
-from gadcli.errors import CheckpointError, ConfigError, ResourceError
+from gadcli.errors import CheckpointError, ConfigError, ResourceError, is_full_disk
 from gadcli.merge import assets
 from gadcli.merge.base import base_tensors
 from gadcli.merge.expected import compare, expected_shapes
@@ -29,7 +28,6 @@ from gadcli.merge.write import Stopped, Written, run_all, sync_and_check, write_
 
 DEFAULT_SHARD = 5_000_000_000
 _SLACK = 32 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # progress(phase, done bytes, total bytes)
 Progress = Callable[[str, int, int], None]
@@ -239,7 +237,7 @@ def _temporary(out: Path) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
         folder.mkdir()
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full_disk(error):
             raise
         raise ConfigError(f"{out}: cannot be made: {error.strerror}", "another -o DIR") from error
     try:
@@ -332,7 +330,7 @@ def _disk_errors(out: Path, need: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_full_disk(error):
             raise
         free = shutil.disk_usage(_existing_parent(out)).free
         raise ResourceError(

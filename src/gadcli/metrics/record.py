@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gadcli.errors import ResourceError
+from gadcli.errors import ResourceError, is_full_disk
 from gadcli.metrics.runlog import METRICS_FILE, SAMPLES_FILE, STATUS_FILE, RunLog, Status, read_status
 
 __all__ = ["METRICS_FILE", "SAMPLES_FILE", "STATUS_FILE", "MetricsWriter", "RunLog", "Status", "read_status",
@@ -43,7 +42,7 @@ class LineFile:
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full_disk(error):
                 raise ResourceError(
                     f"{self.path}: no space left for the run's records",
                     "free space on this disk, then go on with --resume",

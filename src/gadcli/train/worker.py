@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import gc
 import json
 import os
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gadcli.engine.environment import engine_variables
-from gadcli.errors import ExitCode, GadError, PeerError, ResourceError
+from gadcli.errors import ExitCode, GadError, PeerError, ResourceError, is_full_disk
 
 # How torch's CPU allocator and vLLM say it, who have no class for it.
 OUT_OF_MEMORY = (
@@ -136,13 +135,12 @@ def _as_resource_error(error: BaseException) -> ResourceError | None:
 
 def _as_full_disk(error: BaseException) -> ResourceError | None:
     """A disk that filled while something other than a checkpoint was written (a log, a sample); None for all else."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError) and error.errno in numbers:
-        text = (error.strerror or "") + (f" ({error.filename})" if error.filename else "")
-    elif any(os.strerror(number) in str(error) for number in numbers):  # Rust and C++ have only words for it
-        text = (str(error).splitlines() or [""])[0][:200]
-    else:
+    if not is_full_disk(error):
         return None
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f" ({error.filename})" if error.filename else "")
+    else:
+        text = (str(error).splitlines() or [""])[0][:200]
     return ResourceError(f"disk full: {text}", "free some space and --resume; the last committed checkpoint is intact")
 
 
