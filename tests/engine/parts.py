@@ -34,10 +34,11 @@ def build_actor(world: World, path: str, cls: type[Actor] = Actor, *, lora: int 
 
 
 def build_critic(world: World, path: str, cls: type[Critic] = Critic, *, seed: int = 5, **settings: Any) -> Critic:
-    """An unclipped critic with a scalar head drawn from `seed`; `settings` are fields of CriticConfig."""
+    """An unclipped critic with a scalar head drawn from `seed`; `settings` are fields of CriticConfig, and `fsdp`."""
+    fsdp = settings.pop("fsdp", FsdpConfig())
     cfg = CriticConfig(**({"optim": OptimConfig(lr=1e-3), "grad_clip": 0.0} | settings))
     loaded = load_critic(path, cfg.model, seed, twice_differentiable=cfg.gradient_penalty > 0)
-    module = shard(loaded.model, world, FsdpConfig(), "float32")
+    module = shard(loaded.model, world, fsdp, "float32")
     return cls(module, Optimizer(module, cfg.optim, cfg.grad_clip, 100), cfg, world)
 
 

@@ -19,10 +19,16 @@ from gadcli.engine.models import load_actor, shard
 TOLERANCE = 2e-5
 
 
+def world_of_all(replicate: int = 1) -> World:
+    """All ranks of the process group, models sharded within each of `replicate` copies."""
+    size = dist.get_world_size()
+    sizes, names = ((replicate, size // replicate), ("replicate", "shard")) if replicate > 1 else ((size,), ("shard",))
+    return World(dist.get_rank(), size, torch.device("cpu"), init_device_mesh("cpu", sizes, mesh_dim_names=names))
+
+
 def compare(folder: str) -> None:
     """Every model in `folder`, full and LoRA, with and without gradient checkpointing; ranks hold different groups."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh)
+    world = world_of_all()
     for path, lora, checkpointing in itertools.product(sorted(Path(folder).iterdir()), (0, 4), (False, True)):
         cfg = ModelConfig(lora=LoraConfig(rank=lora), gradient_checkpointing=checkpointing)
         loaded: Any = load_actor(str(path), cfg)

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine.training import end_of_hung_worker, environment, prepare, write_inputs
-from gadcli.engine.accumulate import equal_micro_batches
+from gadcli.engine.accumulate import passes
 from gadcli.engine.dist import World
 from gadcli.engine.layout import Group
 from gadcli.engine.watchdog import WATCHDOG
@@ -23,6 +24,7 @@ TIMEOUT = 2.0
 PROGRAM = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from gadcli.engine.watchdog import Watchdog
 
 def stuck_in_here():
@@ -82,7 +84,7 @@ def test_a_failing_record_does_not_keep_the_process(tmp_path: Path) -> None:
 def test_every_micro_batch_is_a_beat(world: World) -> None:
     groups = [Group([0] * 5, [[0]]) for _ in range(4)]
     beats = []
-    for _ in equal_micro_batches(groups, 6, world):
+    for _ in passes(SimpleNamespace(gad_shares=True, gad_gathers_once=False), groups, 6, world):
         beats.append(WATCHDOG._beaten_at)
         time.sleep(0.001)
     assert len(set(beats)) == 4

@@ -15,6 +15,7 @@ from gadcli.config.schema import FsdpConfig, GadConfig, ModelConfig
 GIB = 2**30
 FP32 = 4
 ADAM_BYTES = 8  # two float32 moments a trainable weight
+GATHER_ONCE_BYTES = 2 * GIB  # of whole weights and gradients on every device, which `fsdp.gather=auto` spends on speed
 LOGITS_CHUNK = 8 * 2**20  # scalars of logits alive at once, as engine.head has it (a test compares them)
 LOGITS_COPIES = 4  # logits, log-softmax, probabilities and their gradient
 KV_CPU_RANGE = (2**28, 2**30)  # what the sampler takes on CPU when rollout.kv_cache_gb is 0
@@ -174,9 +175,16 @@ def cut_passes(row_tokens: int, answer_tokens: int, budget: int, rows: int, answ
 def reshards(fsdp: FsdpConfig, world_size: int) -> bool:
     """Whether gathered weights are freed between a forward pass and its backward pass.
 
-    After a pass without gradients they are freed in any case (`engine.models.free_gathered`).
+    After a pass without gradients they are freed in any case (`engine.gathering.free_gathered`).
     """
     return fsdp.reshard_after_forward and world_size > 1
+
+
+def gathers_once(fsdp: FsdpConfig, world_size: int, total: int, trainable: int, itemsize: int) -> bool:
+    """Whether weights are gathered and gradients (float32) reduced once an optimiser step, by a model's sizes."""
+    if world_size < 2 or fsdp.gather == "micro_batch":
+        return False
+    return fsdp.gather == "step" or total * itemsize + trainable * FP32 <= GATHER_ONCE_BYTES
 
 
 def estimate_model(
@@ -189,10 +197,13 @@ def estimate_model(
     head = (0 if shape.tied else shape.embedding_params) if causal else shape.hidden + 1
     trainable = trainable_params(shape, cfg, total, head)
     adapters = trainable if cfg.lora.rank else 0
+    once = gathers_once(fsdp, setting.world_size, total, trainable, itemsize)
     # Resharding: the root unit (embedding, head) stays gathered, layers come one after another, the next prefetched.
     # Without (and in a world of one): all units stay gathered from forward to backward.
     few = total - shape.layers * shape.layer_params + 2 * shape.layer_params
-    gathered = few if reshards(fsdp, setting.world_size) else total
+    gathered = few if reshards(fsdp, setting.world_size) and not once else total
+    # Whole gradients add up over micro-batches; each unit's turn into a shard when the last one's backward passes it.
+    whole_gradients = once and passes.count > 1
     logits = 0.0
     if causal:
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
@@ -202,7 +213,7 @@ def estimate_model(
         parameters=total,
         trainable=trainable,
         weights=(total + adapters) * FP32 / shards,
-        gradients=trainable * FP32 / shards,
+        gradients=trainable * FP32 / (1 if whole_gradients else shards),
         optimiser=trainable * ADAM_BYTES / shards,
         gathered=gathered * itemsize,
         activations=activation_bytes(shape, cfg, passes, itemsize, setting.device),

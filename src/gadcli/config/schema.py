@@ -252,6 +252,12 @@ class TrainerConfig:
 @dataclass
 class FsdpConfig:
     reshard_after_forward: bool = opt(True, "free gathered weights after forward: less memory, more traffic")
+    gather: str = opt(
+        "auto",
+        "gather weights and reduce gradients in each micro_batch, or once an optimiser step: less traffic, but both stay "
+        "whole in memory; auto: step where they take 2 GiB at most",
+        choices=("auto", "micro_batch", "step"),
+    )
     replicate: int = opt(1, "HSDP: copies of the sharded model (1 shards over all devices)", min=1)
     offload_reference: bool = opt(False, "keep the reference's weights in host memory between uses")
     offload_critic: bool = opt(False, "keep the critic's weights and optimiser in host memory between uses")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gadcli.engine.dist import World, max_over_ranks
+from gadcli.engine.gathering import begin_micro_batch
 from gadcli.engine.layout import Group, Layout, lay_out, lay_out_padded, micro_batches
 from gadcli.engine.watchdog import WATCHDOG
 
@@ -14,15 +15,18 @@ def passes(
     model: Any, groups: Sequence[Group], max_tokens: int, world: World
 ) -> Iterator[tuple[list[int], Layout, float]]:
     """(indices of groups, their layout on the device, weight) for each micro-batch, laid out as `model` takes them."""
-    for indices, weight in equal_micro_batches(groups, max_tokens, world, shared=model.gad_shares):
+    rounds = equal_micro_batches(groups, max_tokens, world, shared=model.gad_shares)
+    for number, (indices, weight) in enumerate(rounds, start=1):
+        WATCHDOG.beat()
         chosen = [groups[i] for i in indices]
         layout = lay_out(chosen) if model.gad_shares else lay_out_padded(chosen)
+        begin_micro_batch(model, last=number == len(rounds))
         yield indices, layout.to(world.device), weight
 
 
 def equal_micro_batches(
     groups: Sequence[Group], max_tokens: int, world: World, *, shared: bool = True
-) -> Iterator[tuple[list[int], float]]:
+) -> list[tuple[list[int], float]]:
     """(indices of groups, weight) for each micro-batch; the weight is 0 for one that only keeps peers company.
 
     A rank whose groups fit into fewer micro-batches than a peer's cuts them into as many. With fewer groups than that
@@ -36,10 +40,7 @@ def equal_micro_batches(
         finer = micro_batches(tokens, max_tokens, at_least=rounds)
         batches = finer if len(finer) <= rounds else batches  # never more rounds than peers run
     smallest = [min(range(len(groups)), key=tokens.__getitem__)]
-    for index in range(rounds):
-        WATCHDOG.beat()
-        real = index < len(batches)
-        yield batches[index] if real else smallest, 1.0 if real else 0.0
+    return [(batch, 1.0) for batch in batches] + [(smallest, 0.0)] * (rounds - len(batches))
 
 
 def _padded_tokens(groups: Sequence[Group]) -> list[int]:

@@ -20,7 +20,7 @@ from gadcli.config.schema import CriticConfig
 from gadcli.engine.accumulate import mini_batches, passes
 from gadcli.engine.dist import World, sum_over_ranks
 from gadcli.engine.layout import Group, Layout, mask_of, to_padded
-from gadcli.engine.models import free_gathered, kept_gathered
+from gadcli.engine.gathering import free_gathered, kept_gathered
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
 

@@ -17,10 +17,11 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as as_forward
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
+from gadcli.config.memory import gathers_once, reshards
 from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
 from gadcli.engine.attention import SHARED, SHARED_PLAIN
 from gadcli.engine.dist import World
@@ -166,13 +167,16 @@ def _freeze_below(model: PreTrainedModel, train_layers: int) -> None:
 def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, offload: bool = False) -> Any:
     """FSDP2: each decoder layer a unit, the rest the root. bf16 compute keeps float32 masters and reductions.
 
-    Returns the same model; its parameters are DTensors on `world.mesh`.
+    Returns the same model; its parameters are DTensors on `world.mesh`. `gad_gathers_once`: see `engine.gathering`.
     """
     compute = resolve_dtype(dtype, world.device)
+    total, trainable = (sum(p.numel() for p in some) for some in (model.parameters(), trainable_parameters(model)))
+    model.gad_gathers_once = gathers_once(cfg, world.size, total, trainable, compute.itemsize)
+    model.gad_ends_step = True
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None
     options: dict[str, Any] = {
         "mesh": world.mesh,
-        "reshard_after_forward": cfg.reshard_after_forward and world.size > 1,
+        "reshard_after_forward": reshards(cfg, world.size) and not model.gad_gathers_once,
         "mp_policy": policy or MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy(),
     }
@@ -202,28 +206,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-def free_gathered(model: nn.Module) -> None:
-    """After a pass without gradients: FSDP2 frees what it gathered in a backward pass, and here none follows.
-
-    Otherwise a reference's weights would lie gathered for ever, and the student's while the critic is updated.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextmanager
-def kept_gathered(model: Any) -> Iterator[None]:
-    """Around a backward pass that another will follow: FSDP2 neither reduces gradients nor frees gathered weights."""
-    model.set_reshard_after_backward(False)
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_reshard_after_backward(True)
-        model.set_requires_gradient_sync(True)
 
 
 @contextmanager
