@@ -24,6 +24,7 @@ from gadcli.engine.optim import Optimizer
 from gadcli.engine.rows import Answer, Rollout
 
 TEMPERATURE = 1.0
+BUDGET = 4096  # tokens a micro-batch
 OPTIM = OptimConfig(lr=1e-6)
 
 

@@ -1,8 +1,11 @@
 """Supervised training on ragged text: real tokens a CPU-second, side by side with TRL's SFTTrainer.
 
-    python benchmarks/sft.py [--peers padded packed padding-free] [--rounds 3] [--out FILE.json]
+    python benchmarks/sft.py [--peers padded packed padding-free] [--rows 8] [--text even|long-tail] [--rounds 3]
+                             [--out FILE.json]
 
-The same prompts and answers of 32 to 512 tokens, `--rows` a step, loss on the answers. TRL runs in three ways: padded
+The same prompts and answers, `--rows` a step (8 is TRL's default), loss on the answers: rows of 32 to 512 tokens, all
+lengths as likely (`even`), or mostly short ones and a few long (`long-tail`: log-normal, median 96, at most 1,024), as
+chat data has them. The share of padding in TRL's padded batches is printed. TRL runs in three ways: padded
 (its default), packed (best-fit, padding-free within) and padding-free; each meets ours in a contest of its own, two
 processes at a time, so that memory suffices. Gradient checkpointing is off (TRL's default is on, and slower).
 One thread each, float32; see contest.py.
@@ -11,8 +14,10 @@ One thread each, float32; see contest.py.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,12 +28,19 @@ PEERS = {"padded": {}, "packed": {"packing": True}, "padding-free": {"padding_fr
 ROWS_IN_ALL = 64
 
 
-def text_pairs(tokenizer: Any) -> list[tuple[str, str]]:
-    """(prompt, answer): a row of 32 to 512 tokens, a third of it the prompt."""
+def row_lengths(text: str) -> list[int]:
+    """Tokens of each row."""
+    draw = random.Random(0)
+    if text == "even":
+        return [draw.randint(32, 512) for _ in range(ROWS_IN_ALL)]
+    return [min(1024, max(24, round(draw.lognormvariate(math.log(96), 0.9)))) for _ in range(ROWS_IN_ALL)]
+
+
+def text_pairs(tokenizer: Any, text: str) -> list[tuple[str, str]]:
+    """(prompt, answer), a third of the row the prompt."""
     import ours
 
-    draw = random.Random(0)
-    lengths = [draw.randint(32, 512) for _ in range(ROWS_IN_ALL)]
+    lengths = row_lengths(text)
     parts = [size for length in lengths for size in (length // 3, length - length // 3)]
     found = ours.texts(tokenizer, parts)
     return list(zip(found[::2], found[1::2], strict=True))
@@ -42,7 +54,7 @@ def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
     tokenizer = ours.tokenizer_of(args.model)
     groups = [
         Group(tokenizer(prompt).input_ids, [[*tokenizer(answer).input_ids, tokenizer.eos_token_id]])
-        for prompt, answer in text_pairs(tokenizer)
+        for prompt, answer in text_pairs(tokenizer, args.text)
     ]
     at = 0
     while turns.wait():
@@ -63,6 +75,7 @@ def run_trl(args: argparse.Namespace, turns: contest.Turns, extra: dict[str, Any
     torch.set_num_threads(1)
     tokenizer = ours.tokenizer_of(args.model)
     seen: list[int] = []
+    cells: list[int] = []
 
     class OneTurn(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -70,16 +83,18 @@ def run_trl(args: argparse.Namespace, turns: contest.Turns, extra: dict[str, Any
                 os._exit(0)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            turns.done(tokens=sum(seen))
+            turns.done(tokens=sum(seen), padding=1 - sum(seen) / sum(cells))
             seen.clear()
+            cells.clear()
 
     class Counting(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
             mask = inputs.get("attention_mask")
+            cells.append(inputs["input_ids"].numel())
             seen.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
             return super().compute_loss(model, inputs, *rest, **more)
 
-    pairs = text_pairs(tokenizer)
+    pairs = text_pairs(tokenizer, args.text)
     data = Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
     rows = 1 if extra.get("packing") else args.rows  # a packed row is about as many tokens as a step's rows
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +111,8 @@ def main() -> None:
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS))
-    parser.add_argument("--rows", type=int, default=4, help="rows of text a step")
+    parser.add_argument("--rows", type=int, default=8, help="rows of text a step")
+    parser.add_argument("--text", choices=("even", "long-tail"), default="even")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
     args = parser.parse_args()
@@ -110,7 +126,7 @@ def main() -> None:
     rounds, ratio = {}, {}
     for peer in args.peers:
         with tempfile.TemporaryDirectory() as logs:
-            options = [f"--model={args.model}", f"--rows={args.rows}"]
+            options = [f"--model={args.model}", f"--rows={args.rows}", f"--text={args.text}"]
             found = contest.contest(__file__, ["gad", peer], options, args.rounds, Path(logs))
         speed = {name: [r["tokens"] / r["cpu_s"] for r in runs] for name, runs in found.items()}
         rows = {name: contest.spread(values) for name, values in speed.items()}
@@ -118,10 +134,11 @@ def main() -> None:
         print(
             "  peak MB: " + ", ".join(f"{name} {max(r['peak_mb'] for r in runs):.0f}" for name, runs in found.items())
         )
+        print(f"  padding in TRL's batches: {100 * statistics.mean(r['padding'] for r in found[peer]):.0f} %")
         ratio[f"gad / TRL {peer}"] = contest.ratios(speed[peer], speed["gad"])
         rounds[peer] = found
     contest.print_table("Ratio", "times", ratio)
-    shown = {"rows": args.rows, "rounds": args.rounds}
+    shown = {"rows": args.rows, "text": args.text, "rounds": args.rounds}
     results = {"machine": contest.machine(), "settings": shown, "ratios": ratio, "rounds": rounds}
     contest.write(args.out, results, "sft.py: real tokens a CPU-second, gad / TRL", ratio)
     return None

@@ -2,12 +2,15 @@
 
     python benchmarks/step.py update [--response 128] [--rounds 3] [--out FILE.json]
     python benchmarks/step.py trl [--prompts 1] [--response 64] [--rounds 2] [--out FILE.json]
+    python benchmarks/step.py memory [--prompts 4] [--response 64] [--rounds 1] [--out FILE.json]
 
 `update` is one update of actor and critic and one pass of the reference over the same drawn rows, packed with shared
 prompts ("shared") and with a prompt for every answer ("alone": packed too, so that only the sharing differs).
 `trl` is a whole step from the same prompts: generation, reference, actor; ours also with the critic besides. TRL runs
 as documented (GRPOTrainer, beta 0.001, its own generation), without gradient checkpointing, which is its default, since
 without it is faster. Its reward is a random number: constant cost. One thread each, float32; see contest.py.
+`memory` is TRL's whole step beside our reference pass and actor update of rows of the same shape: the same models, with
+neither sampler nor critic, peak memory of either process.
 """
 
 from __future__ import annotations
@@ -63,8 +66,8 @@ def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
     from gadcli.engine.rows import Rollout
 
     world = ours.world()
-    budget = 4096
-    actor, critic = ours.actor(world, args.model, budget, use_kl_loss=True), ours.critic(world, args.model, budget)
+    actor = ours.actor(world, args.model, ours.BUDGET, use_kl_loss=True)
+    critic = ours.critic(world, args.model, ours.BUDGET)
     reference = Reference(ours.reference(world, args.model), adapters=False)
     tokenizer = ours.tokenizer_of(args.model)
     prompts = [tokenizer(text).input_ids for text in prompt_texts(args, tokenizer)]
@@ -88,6 +91,30 @@ def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
             sync=sync, rollout=rolled, reference=referred, actor=updated, critic=scored, tokens=sum(rollout.lengths)
         )
     os._exit(0)  # vLLM's shutdown is slow, and nothing is left to keep
+
+
+def run_lean(args: argparse.Namespace, turns: contest.Turns) -> None:
+    """Reference pass and actor update alone, of rows drawn at the shape that `trl` has."""
+    import torch
+
+    import ours
+    from gadcli.data.batches import TokenizedRow
+    from gadcli.engine.actor import Reference
+    from gadcli.engine.rows import Rollout
+
+    world = ours.world()
+    actor = ours.actor(world, args.model, ours.BUDGET, use_kl_loss=True)
+    reference = Reference(ours.reference(world, args.model), adapters=False)
+    tokenizer = ours.tokenizer_of(args.model)
+    prompts = [tokenizer(text).input_ids for text in prompt_texts(args, tokenizer)]
+    size = actor.model.config.vocab_size
+    answers = ours.drawn(args.prompts, args.group, 1, args.response, size).answers
+    rows = [TokenizedRow(i, ids, ids[: args.response], [], "") for i, ids in enumerate(prompts)]
+    rollout = Rollout(rows, answers)
+    while turns.wait():
+        ref = actor.logprobs(rollout.student_groups(), rollout.width, reference=reference)
+        actor.update(rollout, torch.randn(len(rows), args.group), None, ref)
+        turns.done(tokens=sum(rollout.lengths))
 
 
 def run_trl(args: argparse.Namespace, turns: contest.Turns) -> None:
@@ -177,9 +204,25 @@ def report_trl(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, 
     return rows
 
 
+def report_memory(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    peaks = {name: [r["peak_mb"] for r in runs] for name, runs in found.items()}
+    title = f"{args.prompts} prompts to {args.prompt} tokens, {args.group} answers of {args.response}"
+    contest.print_table(f"Peak MB, {title}", "MB", {name: contest.spread(values) for name, values in peaks.items()})
+    rows = {"peak memory, gad's update / TRL": contest.ratios(peaks["trl"], peaks["lean"])}
+    contest.print_table("Ratio", "times", rows)
+    return rows
+
+
+CONTESTS = {
+    "update": (["update"], report_update),
+    "trl": (["gad", "trl"], report_trl),
+    "memory": (["lean", "trl"], report_memory),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("update", "trl"))
+    parser.add_argument("what", choices=tuple(CONTESTS))
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
     parser.add_argument("--prompts", type=int, default=1)
@@ -191,7 +234,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
     args = parser.parse_args()
     if args.contestant:
-        runs = {"update": run_update, "gad": run_ours, "trl": run_trl}
+        runs = {"update": run_update, "gad": run_ours, "lean": run_lean, "trl": run_trl}
         runs[args.contestant](args, contest.Turns())
         return
     from gadcli.data.smollm import ensure_demo_model
@@ -201,10 +244,9 @@ def main() -> None:
         args.what,
         *(f"--{k}={getattr(args, k)}" for k in ("model", "prompts", "prompt", "group", "response", "engine")),
     ]
-    names = ["update"] if args.what == "update" else ["gad", "trl"]
+    names, report = CONTESTS[args.what]
     with tempfile.TemporaryDirectory() as logs:
         found = contest.contest(__file__, names, options, args.rounds, Path(logs))
-    report = report_update if args.what == "update" else report_trl
     rows = report(found, args)
     shown = {k: v for k, v in vars(args).items() if k not in ("out", "contestant", "model")}
     results = {"machine": contest.machine(), "settings": shown, "ratios": rows, "rounds": found}

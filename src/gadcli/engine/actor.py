@@ -23,8 +23,8 @@ from gadcli.algo.sft import sft_loss
 from gadcli.config.schema import ActorConfig
 from gadcli.engine.accumulate import mini_batches, passes
 from gadcli.engine.dist import World, sum_over_ranks
-from gadcli.engine.layout import Group, mask_of, to_padded
 from gadcli.engine.gathering import free_gathered
+from gadcli.engine.layout import Group, mask_of, to_padded
 from gadcli.engine.models import adapters_off, without_dropout
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout

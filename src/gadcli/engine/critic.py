@@ -19,8 +19,8 @@ from gadcli.algo.scores import scores
 from gadcli.config.schema import CriticConfig
 from gadcli.engine.accumulate import mini_batches, passes
 from gadcli.engine.dist import World, sum_over_ranks
-from gadcli.engine.layout import Group, Layout, mask_of, to_padded
 from gadcli.engine.gathering import free_gathered, kept_gathered
+from gadcli.engine.layout import Group, Layout, mask_of, to_padded
 from gadcli.engine.optim import Optimizer, non_finite
 from gadcli.engine.rows import Rollout
 
