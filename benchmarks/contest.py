@@ -19,8 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gadcli.engine import environment
+
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = "1"
+OURS = ("gad", "lean", "update", "vllm", "hf")
 
 
 class Turns:
@@ -57,10 +60,11 @@ class Contestant:
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])
         env = os.environ | {
             "OMP_NUM_THREADS": THREADS, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false",
-            "TORCHDYNAMO_DISABLE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR", "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
+        if name in OURS:  # as a run's workers are started, allocator and all
+            env |= environment.engine_variables()
         self.log = log
         self.process = subprocess.Popen(
             [sys.executable, *command], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),

@@ -254,8 +254,8 @@ class FsdpConfig:
     reshard_after_forward: bool = opt(True, "free gathered weights after forward: less memory, more traffic")
     gather: str = opt(
         "auto",
-        "gather weights and reduce gradients in each micro_batch, or once an optimiser step: less traffic, but both stay "
-        "whole in memory; auto: step where they take 2 GiB at most",
+        "gather weights and reduce gradients in each micro_batch, or once an optimiser step: less traffic, but both "
+        "stay whole in memory; auto: step where they take 2 GiB at most",
         choices=("auto", "micro_batch", "step"),
     )
     replicate: int = opt(1, "HSDP: copies of the sharded model (1 shards over all devices)", min=1)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gadcli.config.schema import FsdpConfig
+from gadcli.engine.same_machine import Exchange
 from gadcli.errors import ConfigError
 
 
@@ -24,6 +25,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    exchange: Exchange | None = None  # between the CPU ranks that models are sharded over, where they share a machine
 
     @property
     def is_main(self) -> bool:
@@ -63,7 +65,9 @@ def init_world(device: str, fsdp: FsdpConfig) -> World:
     else:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     torch_device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
-    return World(rank, size, torch_device, mesh)
+    shards = mesh.get_group("shard")
+    exchange = Exchange.between(shards) if kind == "cpu" and shards.size() > 1 else None
+    return World(rank, size, torch_device, mesh, exchange)
 
 
 def sum_over_ranks(values: Iterable[float]) -> list[float]:

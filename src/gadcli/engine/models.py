@@ -27,6 +27,7 @@ from gadcli.engine.attention import SHARED, SHARED_PLAIN
 from gadcli.engine.dist import World
 from gadcli.engine.head import head_logprobs
 from gadcli.engine.layout import Layout
+from gadcli.engine.same_machine import use_exchange
 from gadcli.engine.sharing import choose_layout
 from gadcli.errors import ConfigError
 
@@ -183,6 +184,8 @@ def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, 
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
+    if world.exchange is not None:
+        use_exchange(model, world.exchange)
     for method in ("answer_logprobs", "answer_values", "answer_values_and_embeds"):
         if hasattr(model, method):
             as_forward(model, method)
