@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     stop.install()
     world = init_world(cfg.trainer.device, cfg.fsdp)
     started = time.monotonic()
+    critic_path = _resolve_ahead(cfg.critic.model.path if cfg.trainer.critic_warmup >= 0 else "", world, "critic")
     actor_path = _resolve_together(cfg.actor.model.path, world)
     tokenizer = load_tokenizer(actor_path)
     train_data, val_data = _open_data(cfg, tokenizer)
@@ -58,7 +61,10 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         cfg.rollout.temperature,
         cfg.data.max_response_length,
     )
-    critic = _build_critic(cfg, actor_path, world, progress, records, resumed=resume_from is not None)
+    critic = None
+    if cfg.trainer.critic_warmup >= 0:
+        path = critic_path() if cfg.critic.model.path else actor_path
+        critic = _build_critic(cfg, path, actor_path, world, progress, records, resumed=resume_from is not None)
     reference = _build_reference(cfg, actor_path, actor_model, world)
     eos_ids = [eos_id_of(tokenizer)]
     sampler = None
@@ -102,11 +108,21 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     return run
 
 
-def _resolve_together(path: str, world: World, role: str = "actor") -> str:
-    """The Hugging Face folder behind `path`; rank 0 converts, the others then find it done."""
+def _resolve_ahead(path: str, world: World, role: str) -> Callable[[], str]:
+    """Begins to convert `path` in a thread of rank 0 (mostly hashing and writing); what it returns waits for it."""
+    if not (path and world.is_main):
+        return lambda: _resolve_together(path, world, role)
+    thread = ThreadPoolExecutor(1, thread_name_prefix=f"convert-{role}")
+    folder = thread.submit(resolve_model, path, role=role)
+    thread.shutdown(wait=False)
+    return lambda: _resolve_together(path, world, role, folder)
+
+
+def _resolve_together(path: str, world: World, role: str = "actor", ahead: Future[Path] | None = None) -> str:
+    """The Hugging Face folder behind `path`; rank 0 converts (or has begun to), the others then find it done."""
     if not world.is_main:
         dist.barrier()
-    folder = str(resolve_model(path, role=role))
+    folder = str(ahead.result() if ahead else resolve_model(path, role=role))
     if world.is_main and world.size > 1:
         dist.barrier()
     return folder
@@ -145,11 +161,8 @@ def _actor_updates(cfg: GadConfig, progress: Progress) -> int:
 
 
 def _build_critic(
-    cfg: GadConfig, actor_path: str, world: World, progress: Progress, records: Records, *, resumed: bool
-) -> Critic | None:
-    if cfg.trainer.critic_warmup < 0:
-        return None
-    path = _resolve_together(cfg.critic.model.path, world, "critic") if cfg.critic.model.path else actor_path
+    cfg: GadConfig, path: str, actor_path: str, world: World, progress: Progress, records: Records, *, resumed: bool
+) -> Critic:
     penalty = cfg.critic.gradient_penalty > 0
     loaded = load_critic(path, cfg.critic.model, cfg.trainer.seed, twice_differentiable=penalty)
     _say_if_unshared(loaded.model, records)
