@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gadcli.config.schema import ActorConfig, CriticConfig, FsdpConfig, ModelConfig, OptimConfig
 from gadcli.data.batches import TokenizedRow
@@ -82,6 +82,40 @@ def cpu(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[floa
     start = time.process_time()
     result = work(*arguments, **options)
     return time.process_time() - start, result
+
+
+class InModels:
+    """CPU seconds spent in models: forward passes, backward passes and optimisers of actors and critics."""
+
+    def __init__(self, *parts: Actor | Critic) -> None:
+        self.seconds = 0.0
+        self._wrap(torch.Tensor, "backward")
+        for part in parts:
+            self._wrap(part.optimizer, "step")
+            for name in ("answer_logprobs", "answer_values"):
+                if hasattr(part.model, name):
+                    self._wrap(part.model, name)
+
+    def _wrap(self, owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            spent, result = cpu(real, *arguments, **options)
+            self.seconds += spent
+            return result
+
+        setattr(owner, name, timed)
+
+
+def qwen_like(folder: str) -> str:
+    """A Qwen2 of the demo student's width and depth with Qwen's vocabulary of 151,936, weights drawn at random."""
+    config = Qwen2Config(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def gemm_gflops(tokens: int, hidden: int, wide: int) -> float:

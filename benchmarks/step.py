@@ -1,6 +1,6 @@
 """The adversarial step: with and without shared prompts, and side by side with TRL's GRPOTrainer.
 
-    python benchmarks/step.py update [--response 128] [--rounds 3] [--out FILE.json]
+    python benchmarks/step.py update [--response 128] [--qwen] [--rounds 3] [--out FILE.json]
     python benchmarks/step.py trl [--prompts 1] [--response 64] [--rounds 2] [--out FILE.json]
     python benchmarks/step.py memory [--prompts 4] [--response 64] [--rounds 1] [--out FILE.json]
 
@@ -24,6 +24,7 @@ from typing import Any
 
 import contest
 
+PARTS = ("reference", "actor", "critic")
 Figures = dict[str, list[dict[str, Any]]]
 
 
@@ -43,14 +44,18 @@ def run_update(args: argparse.Namespace, turns: contest.Turns) -> None:
         [row for row in shared.rows for _ in range(args.group)], [[a] for group in shared.answers for a in group]
     )
     advantages = torch.randn(args.prompts, args.group)
+    inside = ours.InModels(actor, critic)
     while turns.wait():
         figures = {"gemm_gflops": ours.gemm_gflops(1280, config.hidden_size, config.intermediate_size)}
         for name, rollout in (("shared", shared), ("alone", alone)):
             shape = (len(rollout.rows), len(rollout.answers[0]))
             groups, width = rollout.student_groups(), rollout.width
+            inside.seconds = 0.0
             figures[f"{name}_reference"], _ = ours.cpu(actor.logprobs, groups, width)
             figures[f"{name}_actor"], _ = ours.cpu(actor.update, rollout, advantages.view(shape), None, None)
             figures[f"{name}_critic"], _ = ours.cpu(critic.score_and_update, rollout)
+            whole = sum(figures[f"{name}_{part}"] for part in PARTS)
+            figures[f"{name}_outside"] = 1 - inside.seconds / whole
         turns.done(**figures)
 
 
@@ -169,16 +174,15 @@ def prompt_texts(args: argparse.Namespace, tokenizer: Any) -> list[str]:
 def report_update(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     rounds = found["update"]
     rows = {}
-    for part in ("reference", "actor", "critic"):
+    for part in PARTS:
         rows[part] = contest.ratios([r[f"shared_{part}"] for r in rounds], [r[f"alone_{part}"] for r in rounds])
-    totals = {
-        name: [sum(r[f"{name}_{part}"] for part in ("reference", "actor", "critic")) for r in rounds]
-        for name in ("shared", "alone")
-    }
+    totals = {name: [sum(r[f"{name}_{part}"] for part in PARTS) for r in rounds] for name in ("shared", "alone")}
     rows["whole update"] = contest.ratios(totals["shared"], totals["alone"])
     title = f"{args.prompts} x {args.prompt} tokens, {args.group} answers of {args.response}"
     contest.print_table(f"CPU seconds, {title}", "s", {name: contest.spread(times) for name, times in totals.items()})
     contest.print_table(f"alone / shared, {title}", "times", rows)
+    outside = max(r["shared_outside"] for r in rounds)
+    print(f"  outside models (layouts, masks, losses, metrics): at most {100 * outside:.2f} % of the update")
     return rows
 
 
@@ -225,6 +229,7 @@ def main() -> None:
     parser.add_argument("what", choices=tuple(CONTESTS))
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
+    parser.add_argument("--qwen", action="store_true", help="update: a random Qwen2 with a vocabulary of 151,936")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--group", type=int, default=8)
@@ -239,6 +244,11 @@ def main() -> None:
         return
     from gadcli.data.smollm import ensure_demo_model
 
+    drawn = tempfile.TemporaryDirectory()
+    if args.qwen:
+        import ours
+
+        args.model = ours.qwen_like(drawn.name)
     args.model = args.model or str(ensure_demo_model())
     options = [
         args.what,
