@@ -10,7 +10,7 @@ prompts ("shared") and with a prompt for every answer ("alone": packed too, so t
 as documented (GRPOTrainer, beta 0.001, its own generation), without gradient checkpointing, which is its default, since
 without it is faster. Its reward is a random number: constant cost. One thread each, float32; see contest.py.
 `memory` is TRL's whole step beside our reference pass and actor update of rows of the same shape: the same models, with
-neither sampler nor critic, peak memory of either process.
+neither sampler nor critic, peak memory of either process; ours in micro-batches of `--budget` tokens.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def run_lean(args: argparse.Namespace, turns: contest.Turns) -> None:
     from gadcli.engine.rows import Rollout
 
     world = ours.world()
-    actor = ours.actor(world, args.model, ours.BUDGET, use_kl_loss=True)
+    actor = ours.actor(world, args.model, args.budget, use_kl_loss=True)
     reference = Reference(ours.reference(world, args.model), adapters=False)
     tokenizer = ours.tokenizer_of(args.model)
     prompts = [tokenizer(text).input_ids for text in prompt_texts(args, tokenizer)]
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--response", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--engine", choices=("auto", "vllm", "hf"), default="auto", help="our sampler")
+    parser.add_argument("--budget", type=int, default=1024, help="memory: tokens a micro-batch of ours")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
     args = parser.parse_args()
@@ -252,7 +253,7 @@ def main() -> None:
     args.model = args.model or str(ensure_demo_model())
     options = [
         args.what,
-        *(f"--{k}={getattr(args, k)}" for k in ("model", "prompts", "prompt", "group", "response", "engine")),
+        *(f"--{k}={getattr(args, k)}" for k in ("model", "prompts", "prompt", "group", "response", "engine", "budget")),
     ]
     names, report = CONTESTS[args.what]
     with tempfile.TemporaryDirectory() as logs:
