@@ -2,15 +2,14 @@
 
     python benchmarks/step.py update [--response 128] [--qwen] [--rounds 3] [--out FILE.json]
     python benchmarks/step.py trl [--prompts 1] [--response 64] [--rounds 2] [--out FILE.json]
-    python benchmarks/step.py memory [--prompts 4] [--response 64] [--rounds 1] [--out FILE.json]
 
 `update` is one update of actor and critic and one pass of the reference over the same drawn rows, packed with shared
 prompts ("shared") and with a prompt for every answer ("alone": packed too, so that only the sharing differs).
 `trl` is a whole step from the same prompts: generation, reference, actor; ours also with the critic besides. TRL runs
 as documented (GRPOTrainer, beta 0.001, its own generation), without gradient checkpointing, which is its default, since
 without it is faster. Its reward is a random number: constant cost. One thread each, float32; see contest.py.
-`memory` is TRL's whole step beside our reference pass and actor update of rows of the same shape: the same models, with
-neither sampler nor critic, peak memory of either process; ours in micro-batches of `--budget` tokens.
+Beside them runs "lean": our reference pass and actor update of rows of that shape, with neither sampler nor critic, in
+micro-batches of `--budget` tokens. Its peak memory is the update's own, to compare with TRL's.
 """
 
 from __future__ import annotations
@@ -202,25 +201,17 @@ def report_trl(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, 
     peer = per_token.pop("TRL GRPO")
     rows = {f"TRL / {name}": contest.ratios(values, peer) for name, values in per_token.items()}
     outside = [1 - sum(r[p] for p in parts) / r["cpu_s"] for r in gad]
-    print(f"  peak memory: gad {max(r['peak_mb'] for r in gad):.0f} MB, TRL {max(r['peak_mb'] for r in trl):.0f} MB")
+    peaks = {name: max(r["peak_mb"] for r in runs) for name, runs in found.items()}
+    print("  peak MB: " + ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items()))
+    print(f"  memory of the update alone: {peaks['lean'] / peaks['trl']:.2f} of TRL's")
     print(f"  outside gad's parts: {100 * max(outside):.2f} % of a step")
-    contest.print_table("Ratio", "times", rows)
-    return rows
-
-
-def report_memory(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    peaks = {name: [r["peak_mb"] for r in runs] for name, runs in found.items()}
-    title = f"{args.prompts} prompts to {args.prompt} tokens, {args.group} answers of {args.response}"
-    contest.print_table(f"Peak MB, {title}", "MB", {name: contest.spread(values) for name, values in peaks.items()})
-    rows = {"peak memory, gad's update / TRL": contest.ratios(peaks["trl"], peaks["lean"])}
     contest.print_table("Ratio", "times", rows)
     return rows
 
 
 CONTESTS = {
     "update": (["update"], report_update),
-    "trl": (["gad", "trl"], report_trl),
-    "memory": (["lean", "trl"], report_memory),
+    "trl": (["gad", "lean", "trl"], report_trl),
 }
 
 
@@ -235,7 +226,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--response", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--engine", choices=("auto", "vllm", "hf"), default="auto", help="our sampler")
-    parser.add_argument("--budget", type=int, default=1024, help="memory: tokens a micro-batch of ours")
+    parser.add_argument("--budget", type=int, default=1024, help="trl: tokens a micro-batch where memory is measured")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
     args = parser.parse_args()

@@ -26,4 +26,4 @@ def test_auto_gathers_once_where_it_costs_little() -> None:
     assert gathers_once(FsdpConfig(), 2, 2 * most, 0, 4)  # frozen: no gradients
     assert gathers_once(FsdpConfig(gather="step"), 2, 10 * most, 10 * most, 4)
     assert not gathers_once(FsdpConfig(gather="micro_batch"), 2, 1, 1, 4)
-    assert not gathers_once(FsdpConfig(gather="step"), 1, 1, 1, 4)  # a world of one gathers nothing
+    assert gathers_once(FsdpConfig(), 1, 10 * most, 10 * most, 4)  # a world of one holds all of them anyway
