@@ -63,8 +63,8 @@ class Contestant:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR", "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
-        if name in OURS:  # as a run's workers are started, allocator and all
-            env |= environment.engine_variables()
+        if name in OURS:  # as a run's workers are started, allocator and all, where the caller does not know better
+            env = environment.engine_variables() | env
         self.log = log
         self.process = subprocess.Popen(
             [sys.executable, *command], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),
