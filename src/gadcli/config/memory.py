@@ -172,22 +172,22 @@ def cut_passes(row_tokens: int, answer_tokens: int, budget: int, rows: int, answ
     return Passes(row_tokens, answer_tokens, at_once, -(-rows // at_once), answers)
 
 
-def reshards(fsdp: FsdpConfig, world_size: int) -> bool:
+def reshards(reshard_after_forward: bool, world_size: int) -> bool:
     """Whether gathered weights are freed between a forward pass and its backward pass.
 
     After a pass without gradients they are freed in any case (`engine.gathering.free_gathered`).
     """
-    return fsdp.reshard_after_forward and world_size > 1
+    return reshard_after_forward and world_size > 1
 
 
-def gathers_once(fsdp: FsdpConfig, world_size: int, total: int, trainable: int, itemsize: int) -> bool:
-    """Whether weights are gathered and gradients (float32) reduced once an optimiser step, by a model's sizes.
+def gathers_once(gather: str, world_size: int, total: int, trainable: int, itemsize: int) -> bool:
+    """Whether weights are gathered and gradients (float32) reduced once an optimiser step: `fsdp.gather` and sizes.
 
     A world of one gains by it too, at no memory: it has no traffic, but FSDP2 copies gradients as if there were.
     """
-    if fsdp.gather == "micro_batch":
+    if gather == "micro_batch":
         return False
-    return world_size < 2 or fsdp.gather == "step" or total * itemsize + trainable * FP32 <= GATHER_ONCE_BYTES
+    return world_size < 2 or gather == "step" or total * itemsize + trainable * FP32 <= GATHER_ONCE_BYTES
 
 
 def estimate_model(
@@ -200,11 +200,11 @@ def estimate_model(
     head = (0 if shape.tied else shape.embedding_params) if causal else shape.hidden + 1
     trainable = trainable_params(shape, cfg, total, head)
     adapters = trainable if cfg.lora.rank else 0
-    once = gathers_once(fsdp, setting.world_size, total, trainable, itemsize)
+    once = gathers_once(fsdp.gather, setting.world_size, total, trainable, itemsize)
     # Resharding: the root unit (embedding, head) stays gathered, layers come one after another, the next prefetched.
     # Without (and in a world of one): all units stay gathered from forward to backward.
     few = total - shape.layers * shape.layer_params + 2 * shape.layer_params
-    gathered = few if reshards(fsdp, setting.world_size) and not once else total
+    gathered = few if reshards(fsdp.reshard_after_forward, setting.world_size) and not once else total
     # Whole gradients add up over micro-batches; each unit's turn into a shard when the last one's backward passes it.
     whole_gradients = once and passes.count > 1
     logits = 0.0

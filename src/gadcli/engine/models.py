@@ -172,12 +172,12 @@ def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, 
     """
     compute = resolve_dtype(dtype, world.device)
     total, trainable = (sum(p.numel() for p in some) for some in (model.parameters(), trainable_parameters(model)))
-    model.gad_gathers_once = gathers_once(cfg, world.size, total, trainable, compute.itemsize)
+    model.gad_gathers_once = gathers_once(cfg.gather, world.size, total, trainable, compute.itemsize)
     model.gad_ends_step = True
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None
     options: dict[str, Any] = {
         "mesh": world.mesh,
-        "reshard_after_forward": reshards(cfg, world.size) and not model.gad_gathers_once,
+        "reshard_after_forward": reshards(cfg.reshard_after_forward, world.size) and not model.gad_gathers_once,
         "mp_policy": policy or MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy(),
     }
