@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gadcli.config.schema import ActorConfig, CriticConfig, FsdpConfig, ModelConfig, OptimConfig
 from gadcli.data.batches import TokenizedRow
-from gadcli.engine.actor import Actor
+from gadcli.engine.actor import Actor, Reference
 from gadcli.engine.critic import Critic
 from gadcli.engine.dist import World, init_world
 from gadcli.engine.models import load_actor, load_critic, shard
@@ -39,8 +39,10 @@ def actor(at: World, path: str, budget: int, **settings: Any) -> Actor:
     return Actor(model, Optimizer(model, cfg.optim, cfg.grad_clip, 100), cfg, at, TEMPERATURE, 64)
 
 
-def reference(at: World, path: str) -> Any:
-    return shard(load_actor(path, ModelConfig(), trainable=False), at, FsdpConfig(), "float32")
+def reference(at: World, path: str) -> Reference:
+    return Reference(
+        shard(load_actor(path, ModelConfig(), trainable=False), at, FsdpConfig(), "float32"), adapters=False
+    )
 
 
 def critic(at: World, path: str, budget: int) -> Critic:

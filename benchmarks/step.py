@@ -19,9 +19,12 @@ import os
 import random
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import contest
+
+if TYPE_CHECKING:
+    from gadcli.data.batches import TokenizedRow
 
 PARTS = ("reference", "actor", "critic")
 Figures = dict[str, list[dict[str, Any]]]
@@ -64,18 +67,15 @@ def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
 
     import ours
     from gadcli.config.schema import RolloutConfig
-    from gadcli.data.batches import TokenizedRow
-    from gadcli.engine.actor import Reference
     from gadcli.engine.rollout import Sampling, build_sampler
     from gadcli.engine.rows import Rollout
 
     world = ours.world()
-    actor = ours.actor(world, args.model, ours.BUDGET, use_kl_loss=True)
+    actor, reference = ours.actor(world, args.model, ours.BUDGET, use_kl_loss=True), ours.reference(world, args.model)
     critic = ours.critic(world, args.model, ours.BUDGET)
-    reference = Reference(ours.reference(world, args.model), adapters=False)
     tokenizer = ours.tokenizer_of(args.model)
-    prompts = [tokenizer(text).input_ids for text in prompt_texts(args, tokenizer)]
-    rows = [TokenizedRow(i, ids, ids[: args.response], [], "") for i, ids in enumerate(prompts)]
+    rows = prompt_rows(args, tokenizer)
+    prompts = [row.prompt_ids for row in rows]
     cfg = RolloutConfig(engine=args.engine, n=args.group, max_model_len=1024, max_num_seqs=64)
     eos = [tokenizer.eos_token_id]
     sampler = build_sampler(cfg, args.model, world, eos_ids=eos, dtype="float32", seed=1)
@@ -102,19 +102,13 @@ def run_lean(args: argparse.Namespace, turns: contest.Turns) -> None:
     import torch
 
     import ours
-    from gadcli.data.batches import TokenizedRow
-    from gadcli.engine.actor import Reference
     from gadcli.engine.rows import Rollout
 
     world = ours.world()
-    actor = ours.actor(world, args.model, args.budget, use_kl_loss=True)
-    reference = Reference(ours.reference(world, args.model), adapters=False)
-    tokenizer = ours.tokenizer_of(args.model)
-    prompts = [tokenizer(text).input_ids for text in prompt_texts(args, tokenizer)]
-    size = actor.model.config.vocab_size
-    answers = ours.drawn(args.prompts, args.group, 1, args.response, size).answers
-    rows = [TokenizedRow(i, ids, ids[: args.response], [], "") for i, ids in enumerate(prompts)]
-    rollout = Rollout(rows, answers)
+    actor, reference = ours.actor(world, args.model, args.budget, use_kl_loss=True), ours.reference(world, args.model)
+    rows = prompt_rows(args, ours.tokenizer_of(args.model))
+    vocabulary = actor.model.config.vocab_size
+    rollout = Rollout(rows, ours.drawn(args.prompts, args.group, 1, args.response, vocabulary).answers)
     while turns.wait():
         ref = actor.logprobs(rollout.student_groups(), rollout.width, reference=reference)
         actor.update(rollout, torch.randn(len(rows), args.group), None, ref)
@@ -168,6 +162,14 @@ def prompt_texts(args: argparse.Namespace, tokenizer: Any) -> list[str]:
 
     draw = random.Random(0)
     return ours.texts(tokenizer, [draw.randint(args.prompt // 2, args.prompt) for _ in range(args.prompts)])
+
+
+def prompt_rows(args: argparse.Namespace, tokenizer: Any) -> list[TokenizedRow]:
+    """The same prompts as our rows; the teacher's answer is the beginning of the prompt."""
+    from gadcli.data.batches import TokenizedRow
+
+    found = enumerate(tokenizer(text).input_ids for text in prompt_texts(args, tokenizer))
+    return [TokenizedRow(i, ids, ids[: args.response], [], "") for i, ids in found]
 
 
 def report_update(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -236,19 +238,16 @@ def main() -> None:
         return
     from gadcli.data.smollm import ensure_demo_model
 
-    drawn = tempfile.TemporaryDirectory()
-    if args.qwen:
-        import ours
-
-        args.model = ours.qwen_like(drawn.name)
-    args.model = args.model or str(ensure_demo_model())
-    options = [
-        args.what,
-        *(f"--{k}={getattr(args, k)}" for k in ("model", "prompts", "prompt", "group", "response", "engine", "budget")),
-    ]
     names, report = CONTESTS[args.what]
-    with tempfile.TemporaryDirectory() as logs:
-        found = contest.contest(__file__, names, options, args.rounds, Path(logs))
+    given = ("prompts", "prompt", "group", "response", "engine", "budget")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.qwen:
+            import ours
+
+            args.model = ours.qwen_like(f"{folder}/qwen")
+        args.model = args.model or str(ensure_demo_model())
+        options = [args.what, f"--model={args.model}", *(f"--{k}={getattr(args, k)}" for k in given)]
+        found = contest.contest(__file__, names, options, args.rounds, Path(folder))
     rows = report(found, args)
     shown = {k: v for k, v in vars(args).items() if k not in ("out", "contestant", "model")}
     results = {"machine": contest.machine(), "settings": shown, "ratios": rows, "rounds": found}

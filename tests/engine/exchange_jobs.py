@@ -102,6 +102,19 @@ def refuses_strangers() -> None:
     for wrong in (unable, other):
         with mock.patch.object(os, "open", wrong if dist.get_rank() == 1 else real):
             assert Exchange.between(group_of_all(), PIECE) is None
+    with mock.patch.object(os, "memfd_create", side_effect=PermissionError("a sandbox")):
+        assert Exchange.between(group_of_all(), PIECE) is None
+
+
+def keeps_copies_apart() -> None:
+    """Hybrid sharding: each copy's ranks exchange among themselves."""
+    world = world_of_all(replicate=2)
+    own = Exchange.between(world.mesh.get_group("shard"), PIECE)
+    assert own is not None and own.size == 2
+    gathered = torch.zeros(2 * 300)
+    own.all_gather(gathered, torch.full((300,), float(world.rank)))
+    first = world.rank // 2 * 2
+    assert torch.equal(gathered, torch.tensor([first, first + 1.0]).repeat_interleave(300))
 
 
 def trains_alike(path: str) -> None:

@@ -61,10 +61,8 @@ def compare(path: str) -> None:
         assert (traffic["step"][GATHER], traffic["step"][SCATTER]) == (units, learning), what
         rounds = traffic["micro_batch"][SCATTER] // learning
         assert rounds > 1, what
-        both = {
-            GATHER: 2 * rounds * units,
-            SCATTER: rounds * learning,
-        }  # gathered for the forward and the backward pass
+        # Gathered for the forward and for the backward pass, in every round.
+        both = {GATHER: 2 * rounds * units, SCATTER: rounds * learning}
         assert traffic["micro_batch"] == both, what
 
 

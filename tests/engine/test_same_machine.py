@@ -17,6 +17,7 @@ def test_two_and_three_ranks_get_what_gloo_brings(tmp_path: Path) -> None:
     run_jobs(
         *((world, f"engine.exchange_jobs:{job}") for world in (2, 3) for job in jobs),
         (2, "engine.exchange_jobs:refuses_strangers"),
+        (4, "engine.exchange_jobs:keeps_copies_apart"),
         (2, "engine.exchange_jobs:trains_alike", tmp_path / "model"),
     )
 

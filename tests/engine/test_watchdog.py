@@ -24,7 +24,6 @@ TIMEOUT = 2.0
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from gadcli.engine.watchdog import Watchdog
 
 def stuck_in_here():

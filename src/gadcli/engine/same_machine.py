@@ -41,14 +41,9 @@ class Exchange:
         """
         size = TOKEN + 2 * group.size() * piece
         first = dist.get_global_rank(group, 0)
-        told: list[Any] = [None]
-        fd = -1
-        if group.rank() == 0:
-            fd = os.memfd_create("gad-exchange", os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
-            token = secrets.token_bytes(TOKEN)
-            os.pwrite(fd, token, 0)
-            told = [(os.getpid(), fd, token)]
+        token = secrets.token_bytes(TOKEN)
+        fd = _unnamed(size, token) if group.rank() == 0 else -1
+        told: list[Any] = [(os.getpid(), fd, token)]
         dist.broadcast_object_list(told, src=first, group=group)
         pid, number, token = told[0]
         memory = _opened(pid, number, token, size, fd)
@@ -93,6 +88,17 @@ class Exchange:
 
     def _meet(self) -> None:
         dist.barrier(self.group)
+
+
+def _unnamed(size: int, token: bytes) -> int:
+    """A file descriptor of new memory that begins with `token`; -1 where the system gives none (a sandbox may not)."""
+    try:
+        fd = os.memfd_create("gad-exchange", os.MFD_CLOEXEC)
+    except OSError:
+        return -1
+    os.ftruncate(fd, size)  # reserves nothing: pages come as they are written
+    os.pwrite(fd, token, 0)
+    return fd
 
 
 def _opened(pid: int, number: int, token: bytes, size: int, own: int) -> mmap.mmap | None:
