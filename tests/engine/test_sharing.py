@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.mutants import mutated
 from engine.parts import STILL, build_actor, last_gradient, spread_advantages, tiny_rollout, values, worst_relative
@@ -54,6 +55,17 @@ def test_a_critic_of_such_a_model_falls_back_too(sinks: str) -> None:
     assert not critic.gad_shares and critic.gad_note
     twice: Any = load_critic(sinks, ModelConfig(), 5, twice_differentiable=True).model
     assert twice.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_as_that(value: float, tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model", "llama")
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="outputs are not finite"):
+        load_actor(str(path), ModelConfig())
 
 
 def test_micro_batches_of_padded_rows_change_nothing(sinks: str, world: World) -> None:

@@ -6,6 +6,7 @@ than attention would train wrongly in silence. So every loaded model is asked wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ TOLERANCE = 2e-3  # float32 rounding of a deep model is below 1e-4; a wrong mask
 def choose_layout(model: Any, path: str, attention: str) -> None:
     """Sets `model.gad_shares` and `model.gad_note` (what a user should know of it, or "").
 
-    Raises ConfigError where neither layout agrees with the model's own forward pass.
+    Raises ConfigError where neither layout agrees with the model's own forward pass, or that is not finite.
     """
     model.gad_shares, model.gad_note = True, ""
     groups = _question(model.config.vocab_size)
@@ -35,6 +36,8 @@ def choose_layout(model: Any, path: str, attention: str) -> None:
     own = "sdpa" if attention == SHARED and model._supports_sdpa and not capped else "eager"
     model.set_attn_implementation(own)
     padded = _difference(model, lay_out_padded(groups), groups, own)
+    if math.isnan(padded):
+        raise ConfigError(f"{path}: its outputs are not finite: weights are NaN or infinite", "take another checkpoint")
     if not padded <= TOLERANCE:
         raise ConfigError(
             f"{path}: a model of type {model.config.model_type} is not computed as it computes itself "
