@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from gadcli.algo.mean import Mean
 from gadcli.config.schema import ActorConfig, CriticConfig, FsdpConfig, LoraConfig, ModelConfig, OptimConfig
@@ -29,7 +30,7 @@ def build_actor(world: World, path: str, cls: type[Actor] = Actor, *, lora: int 
     """An unclipped actor; `settings` are fields of ActorConfig, `lora` a rank."""
     model = settings.pop("model", ModelConfig(lora=LoraConfig(rank=lora)))
     cfg = ActorConfig(model=model, **({"optim": OptimConfig(lr=1e-3), "grad_clip": 0.0} | settings))
-    module = shard(load_actor(path, model), world, FsdpConfig(), "float32")
+    module = shard(load_actor(path, model), world, FsdpConfig(), "float32" if model.dtype == "auto" else model.dtype)
     return cls(module, Optimizer(module, cfg.optim, cfg.grad_clip, 100), cfg, world, TEMPERATURE, 16)
 
 
@@ -38,7 +39,7 @@ def build_critic(world: World, path: str, cls: type[Critic] = Critic, *, seed: i
     fsdp = settings.pop("fsdp", FsdpConfig())
     cfg = CriticConfig(**({"optim": OptimConfig(lr=1e-3), "grad_clip": 0.0} | settings))
     loaded = load_critic(path, cfg.model, seed, twice_differentiable=cfg.gradient_penalty > 0)
-    module = shard(loaded.model, world, fsdp, "float32")
+    module = shard(loaded.model, world, fsdp, "float32" if cfg.model.dtype == "auto" else cfg.model.dtype)
     return cls(module, Optimizer(module, cfg.optim, cfg.grad_clip, 100), cfg, world)
 
 
@@ -73,13 +74,13 @@ def last_gradient(part: Actor | Critic) -> dict[str, torch.Tensor]:
     """The last step's gradient by parameter name, of an actor or critic built with `optim=STILL`."""
     moments = {id(p): part.optimizer.adamw.state[p].get("exp_avg") for p in part.optimizer.parameters}
     named = {name: moments.get(id(p)) for name, p in part.model.named_parameters()}
-    return {name: m.full_tensor().clone() for name, m in named.items() if m is not None}
+    return {name: whole(m).clone() for name, m in named.items() if m is not None}
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
     """A copy of every parameter, whole (a forward pass without its backward has left layers gathered)."""
     resharded(model)
-    return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+    return {name: whole(p).detach().clone() for name, p in model.named_parameters()}
 
 
 def resharded(model: Any) -> None:
@@ -87,6 +88,16 @@ def resharded(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter or moment of all ranks; a world of one in float32 is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter, in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def worst_relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.parts import TEMPERATURE, build_actor, resharded
+from engine.parts import TEMPERATURE, build_actor, local, resharded
 from gadcli.config.schema import FsdpConfig, RolloutConfig
 from gadcli.engine.actor import Actor
 from gadcli.engine.dist import World, init_world
@@ -76,7 +76,7 @@ def check_sync(sampler: Sampler, actor: Actor, adapted: Actor) -> dict[str, Any]
     resharded(actor.model)
     with torch.no_grad():
         for p in actor.model.parameters():
-            p.to_local().add_(0.02 * torch.randn(p.to_local().shape, generator=draw))
+            local(p).add_(0.02 * torch.randn(local(p).shape, generator=draw))
     try:
         difference(sampler, actor, 2)
     except SyncError as error:
@@ -91,7 +91,7 @@ def check_sync(sampler: Sampler, actor: Actor, adapted: Actor) -> dict[str, Any]
     with torch.no_grad():
         for name, p in adapted.model.named_parameters():
             if ".lora_B." in name:
-                p.to_local().add_(0.1 * torch.randn(p.to_local().shape, generator=draw))
+                local(p).add_(0.1 * torch.randn(local(p).shape, generator=draw))
     found["lora_is_seen"] = float((adapted.logprobs([Group([7], [[8, 9, 10]])], 3) - base).abs().max())
     sampler.load(adapted.model)
     found["after_lora"] = difference(sampler, adapted, 4)

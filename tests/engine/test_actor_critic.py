@@ -29,6 +29,7 @@ from engine.parts import (
     worst_relative,
 )
 from gadcli.algo.advantages import group_advantages
+from gadcli.config.schema import ModelConfig
 from gadcli.engine.dist import World
 from gadcli.engine.rows import Rollout, teacher_groups
 from gadcli.errors import UnhealthyError
@@ -44,7 +45,8 @@ HUGE, TINY = 1 << 20, 1  # micro_batch_tokens: all rows at once, one group at a 
 def test_a_pass_without_gradients_leaves_no_gathered_weights(world: World, model_path: str) -> None:
     """FSDP2 frees them in the backward pass, which never comes for a reference, and late for the others."""
     rollout = tiny_rollout()
-    actor, critic = build_actor(world, model_path), build_critic(world, model_path)
+    in_bf16 = ModelConfig(dtype="bfloat16")  # in float32 a world of one is not sharded
+    actor, critic = build_actor(world, model_path, model=in_bf16), build_critic(world, model_path, model=in_bf16)
     actor.logprobs(rollout.student_groups(), rollout.width)
     critic.score(rollout.pair_groups())
     for model in (actor.model, critic.model):
@@ -307,7 +309,7 @@ def test_weights_that_are_not_finite_stop_both_updates(who: str, world: World, m
     rollout = tiny_rollout()
     part = build_actor(world, model_path) if who == "actor" else build_critic(world, model_path)
     with torch.no_grad():
-        part.model.model.norm.weight.to_local()[3] = math.nan
+        part.model.model.norm.weight[3] = math.nan
     before = weights(part.model)
     what = "supervised" if who == "actor" else "discriminator"
     with pytest.raises(UnhealthyError, match=f"the {what} loss is nan; no update was made .rows 100, 101, 102, 103"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.mutants import mutated
-from engine.parts import build_actor, build_critic, moved, spread_advantages, tiny_rollout, weights
+from engine.parts import build_actor, build_critic, local, moved, spread_advantages, tiny_rollout, weights, whole
 from gadcli.config.schema import LoraConfig, ModelConfig, OptimConfig
 from gadcli.engine import optim, sync
 from gadcli.engine.actor import Actor, Reference
@@ -87,7 +87,7 @@ def merged_difference(world: World, path: str, module: ModuleType) -> float:
     assert own.keys() == sent.keys() - {"lm_head.weight"}  # tied: sent, but not a parameter of its own
     with torch.no_grad():
         for name, p in own.items():
-            p.to_local().copy_(sent[name])
+            local(p).copy_(sent[name])
     difference = actor.logprobs(groups, rollout.width) - plain.logprobs(groups, rollout.width)
     return float(difference.abs().max())
 
@@ -116,7 +116,7 @@ def test_dropout_acts_in_supervised_updates_and_never_in_logprobs_that_are_compa
     dropping = build_actor(world, model_path, model=ModelConfig(lora=LoraConfig(rank=4, dropout=0.5)))
     with torch.no_grad():
         for p, own in zip(actor.model.parameters(), dropping.model.parameters(), strict=True):
-            own.to_local().copy_(p.to_local())
+            local(own).copy_(local(p))
     plain_BT = actor.logprobs(groups, rollout.width)
     assert torch.equal(dropping.logprobs(groups, rollout.width), plain_BT)
     assert dropping.model.training
@@ -210,6 +210,6 @@ def test_the_optimiser_uses_the_schedule_and_clips_to_the_norm(world: World, mod
     # of 100 updates, 2 of them warm-up: lr/2, lr, lr, lr (1 - 1/98)
     assert [log["actor/lr"].value for log in logs] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2 * 97 / 98])
     assert logs[-1]["actor/grad_norm"].value > 1e-2  # as measured, before the clip
-    moments = [actor.optimizer.adamw.state[p]["exp_avg"].full_tensor() for p in actor.optimizer.parameters]
+    moments = [whole(actor.optimizer.adamw.state[p]["exp_avg"]) for p in actor.optimizer.parameters]
     clipped = math.sqrt(sum(float(m.square().sum()) for m in moments))
     assert clipped == pytest.approx(1e-3, rel=1e-2)

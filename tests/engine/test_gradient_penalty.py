@@ -72,7 +72,7 @@ def penalty_slope(world: World, path: str, cls: type[Critic] = Critic) -> tuple[
         with torch.no_grad():
             for name, p in critic.model.named_parameters():
                 if name in direction:  # the scalar head's bias is not trained
-                    p.to_local().add_(sign * step * direction[name])
+                    p.add_(sign * step * direction[name])
         metrics = values(critic.score_and_update(tiny_rollout())[1])
         measured.append(0.5 * WEIGHT * metrics["critic/gradient_penalty"])
     return norm, (measured[0] - measured[1]) / (2 * step)

@@ -180,6 +180,11 @@ def reshards(reshard_after_forward: bool, world_size: int) -> bool:
     return reshard_after_forward and world_size > 1
 
 
+def is_sharded(world_size: int, itemsize: int, offloads: bool = False) -> bool:
+    """Whether a model is given to FSDP2: one process that computes in its float32 masters would only copy them."""
+    return world_size > 1 or itemsize != FP32 or offloads
+
+
 def gathers_once(gather: str, world_size: int, total: int, trainable: int, itemsize: int) -> bool:
     """Whether weights are gathered and gradients (float32) reduced once an optimiser step: `fsdp.gather` and sizes.
 
@@ -202,9 +207,12 @@ def estimate_model(
     adapters = trainable if cfg.lora.rank else 0
     once = gathers_once(fsdp.gather, setting.world_size, total, trainable, itemsize)
     # Resharding: the root unit (embedding, head) stays gathered, layers come one after another, the next prefetched.
-    # Without (and in a world of one): all units stay gathered from forward to backward.
+    # Without: all units stay gathered from forward to backward.
     few = total - shape.layers * shape.layer_params + 2 * shape.layer_params
     gathered = few if reshards(fsdp.reshard_after_forward, setting.world_size) and not once else total
+    offloads = not causal and fsdp.offload_critic and setting.device == "cuda"
+    if not is_sharded(setting.world_size, itemsize, offloads):
+        gathered = 0
     # Whole gradients add up over micro-batches; each unit's turn into a shard when the last one's backward passes it.
     whole_gradients = once and passes.count > 1
     logits = 0.0

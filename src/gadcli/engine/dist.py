@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gadcli.config.schema import FsdpConfig
+from gadcli.engine.products import choose_products
 from gadcli.engine.same_machine import Exchange
 from gadcli.errors import ConfigError
 
@@ -47,6 +48,8 @@ def init_world(device: str, fsdp: FsdpConfig) -> World:
                 "trainer.device is cuda, but torch sees no GPU", "trainer.device=cpu, or run `gad doctor`"
             )
         torch.cuda.set_device(local_rank)
+    else:
+        choose_products()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     if size % fsdp.replicate:

@@ -43,5 +43,7 @@ def kept_gathered(model: Any) -> Iterator[None]:
 
 
 def _end_with_next_backward(model: Any, ends: bool) -> None:
+    if not isinstance(model, FSDPModule):  # a world of one (`config.memory.is_sharded`)
+        return
     model.set_reshard_after_backward(ends)
     model.set_requires_gradient_sync(ends)

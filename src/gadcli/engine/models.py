@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.fsdp import register_fsdp_forward_method as as_forward
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
-from gadcli.config.memory import gathers_once, reshards
+from gadcli.config.memory import gathers_once, is_sharded, reshards
 from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
 from gadcli.engine.attention import SHARED, SHARED_PLAIN
 from gadcli.engine.dist import World
@@ -168,18 +168,22 @@ def _freeze_below(model: PreTrainedModel, train_layers: int) -> None:
 def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, offload: bool = False) -> Any:
     """FSDP2: each decoder layer a unit, the rest the root. bf16 compute keeps float32 masters and reductions.
 
-    Returns the same model; its parameters are DTensors on `world.mesh`. `gad_gathers_once`: see `engine.gathering`.
+    Returns the same model; its parameters are DTensors on `world.mesh`, or plain tensors on the device where FSDP2
+    would only copy them (`config.memory.is_sharded`). `gad_gathers_once`: see `engine.gathering`.
     """
     compute = resolve_dtype(dtype, world.device)
+    offload = offload and world.device.type == "cuda"
+    model.gad_gathers_once, model.gad_ends_step = False, True
+    if not is_sharded(world.size, compute.itemsize, offload):
+        return model.to(world.device)
     total, trainable = (sum(p.numel() for p in some) for some in (model.parameters(), trainable_parameters(model)))
     model.gad_gathers_once = gathers_once(cfg.gather, world.size, total, trainable, compute.itemsize)
-    model.gad_ends_step = True
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None
     options: dict[str, Any] = {
         "mesh": world.mesh,
         "reshard_after_forward": reshards(cfg.reshard_after_forward, world.size) and not model.gad_gathers_once,
         "mp_policy": policy or MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for layer in model.model.layers:
         fully_shard(layer, **options)
