@@ -130,7 +130,7 @@ def test_workers_on_cpus_start_with_an_allocator_that_gives_tensors_back(monkeyp
     """What glibc reads at a process's start must be in the environment it is started with; the user's word stands."""
     monkeypatch.setattr(environment, "gpu_count", lambda: 0)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert environment.base_env(1, one_node=True)["MALLOC_MMAP_THRESHOLD_"] == "1048576"
+    assert environment.base_env(1, one_node=True)["MALLOC_MMAP_THRESHOLD_"] == "33554432"
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     assert environment.base_env(1, one_node=True)["MALLOC_MMAP_THRESHOLD_"] == "65536"
     monkeypatch.setattr(environment, "gpu_count", lambda: 8)

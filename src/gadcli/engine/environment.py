@@ -35,14 +35,13 @@ ENGINE_VARIABLES = {
 
 # vLLM compiles one small function of its log-probs with inductor: 10 to 28 s before the first rollout, and a C++
 # compiler that a laptop may not have, for nothing that a CPU run would notice.
-# glibc keeps freed tensors in its heaps unless told to map them: a micro-batch's activations then stay, in pieces too
-# small for the next one (LoRA on 135M parameters: a peak of 5.0 GiB, of 3.0 with these). It reads them at its start.
-# The price: the kernel clears each mapped tensor, a sixth of a step's CPU-seconds; at 4 MiB a twentieth, but 11 to
-# 27 % more memory.
+# glibc's heaps, not the kernel, give tensors their memory: below 1 MiB a tensor, mapping each one (its smallest threshold
+# once memory was the concern) took as much time as the products of a step, for pages to clear. What it keeps at its top
+# is bounded. It reads both at its start.
 CPU_VARIABLES = {
     "TORCHDYNAMO_DISABLE": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
 
 
