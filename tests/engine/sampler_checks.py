@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.parts import TEMPERATURE, build_actor, local, resharded
-from gadcli.config.schema import FsdpConfig, RolloutConfig
+from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig, RolloutConfig
 from gadcli.engine.actor import Actor
 from gadcli.engine.dist import World, init_world
 from gadcli.engine.layout import Group
@@ -98,6 +99,34 @@ def check_sync(sampler: Sampler, actor: Actor, adapted: Actor) -> dict[str, Any]
     return found
 
 
+def check_second_sync(sampler: Sampler, partly: dict[str, Actor]) -> dict[str, float]:
+    """Actors of which only a part trains: what the probe finds once that part has moved and was sent alone."""
+    found = {}
+    for name, actor in partly.items():
+        sampler.load(actor.model)
+        difference(sampler, actor, 1)
+        resharded(actor.model)
+        draw = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in filter(lambda p: p.requires_grad, actor.model.parameters()):
+                local(p).add_(0.1 * torch.randn(local(p).shape, generator=draw))
+        with contextlib.suppress(SyncError):
+            difference(sampler, actor, 2)
+            raise AssertionError(f"{name}: the sampler answered with weights it was not given")
+        sampler.load(actor.model)
+        found[name] = difference(sampler, actor, 3)
+    return found
+
+
+def partly_trained(world: World, path: str) -> dict[str, Actor]:
+    few = LoraConfig(rank=4, target_modules="q_proj,v_proj,up_proj")
+    return {
+        "adapters on parts of packed layers": build_actor(world, path, model=ModelConfig(lora=few)),
+        "the last layer": build_actor(world, path, model=ModelConfig(train_layers=1)),
+        "everything": build_actor(world, path),
+    }
+
+
 @torch.no_grad()
 def greedy_by_hand(actor: Actor, prompt: list[int]) -> list[int]:
     """The argmax of transformers' own forward, a token at a time, EOS (1) included."""
@@ -133,7 +162,8 @@ def main() -> None:
     actor = build_actor(world, path)
     draws = check_draws(make, actor)
     sync = check_sync(make(1), actor, build_actor(world, path, lora=4))
-    out.write_text(json.dumps({"draws": draws, "sync": sync, "environment_kept": kept}))
+    second = check_second_sync(make(1), partly_trained(world, path))
+    out.write_text(json.dumps({"draws": draws, "sync": sync, "second": second, "environment_kept": kept}))
     sys.stdout.flush()
     os._exit(0)  # native libraries sometimes abort in their own teardown
 

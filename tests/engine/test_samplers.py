@@ -19,13 +19,16 @@ import torch
 
 from engine.mutants import mutated
 from engine.parts import TEMPERATURE, build_actor
-from engine.sampler_checks import MAX_TOKENS, PROMPTS, SEEDS, check_draws, check_sync
+from engine.sampler_checks import MAX_TOKENS, PROMPTS, SEEDS, check_draws, check_second_sync, check_sync, partly_trained
 from engine.training import environment
 from gadcli.config.schema import RolloutConfig
+from gadcli.engine import rollout_hf
 from gadcli.engine.dist import World
 from gadcli.engine.environment import engine_variables, free_port
 from gadcli.engine.rollout import Sampling
 from gadcli.engine.rollout_hf import HfSampler
+from gadcli.engine.sync import whole_layers
+from gadcli.errors import SyncError
 
 LOGP = 2e-5  # float32, another order of summation
 
@@ -88,6 +91,39 @@ def test_transformers_runs_the_weights_it_was_given(world: World, model_path: st
     assert_sync(check_sync(sampler, build_actor(world, model_path), build_actor(world, model_path, lora=4)))
 
 
+def test_what_training_moves_is_all_that_a_second_sync_needs(world: World, model_path: str) -> None:
+    found = check_second_sync(hf(world, model_path), partly_trained(world, model_path))
+    assert max(found.values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("if p.requires_grad}", "if p.dim() == 1}"), ('".weight" if ".lora_" in name', '"" if ".lora_" in name')],
+)
+def test_a_second_sync_that_leaves_out_what_moved_would_be_caught(
+    world: World, model_path: str, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    monkeypatch.setattr(rollout_hf, "changing_names", mutated("engine.sync", old, new).changing_names)
+    with pytest.raises((SyncError, AssertionError)):
+        check_second_sync(hf(world, model_path), partly_trained(world, model_path))
+
+
+def test_a_packed_layer_is_sent_whole_or_not_at_all() -> None:
+    names = [f"model.layers.{i}.{module}" for i in (0, 1) for module in (
+        "self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.k_proj.weight", "self_attn.k_proj.bias",
+        "self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight",
+    )]  # fmt: skip
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    moved = {"model.layers.1.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"}
+    assert whole_layers(names, moved, packed) == {
+        "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.bias",
+        "model.layers.0.self_attn.o_proj.weight",
+    }  # fmt: skip
+    assert whole_layers(names, moved, {}) == moved | {"model.layers.1.self_attn.q_proj.bias"}
+    assert whole_layers(names, set(), packed) == set()
+
+
 def test_a_sync_that_forgets_a_weight_would_be_caught(world: World, model_path: str) -> None:
     model = build_actor(world, model_path).model
     del model.model.layers[1]
@@ -115,6 +151,7 @@ def test_vllm_draws_by_seed_alone_and_runs_the_weights_it_was_given(model_path: 
     found = json.loads((tmp_path / "found").read_text())
     assert_draws(found["draws"])
     assert_sync(found["sync"])
+    assert max(found["second"].values()) < 1e-4 and len(found["second"]) == 3
     assert found["environment_kept"]
 
 

@@ -138,19 +138,20 @@ def activation_bytes(shape: ModelShape, cfg: ModelConfig, passes: Passes, itemsi
 def layer_bytes_per_token(shape: ModelShape, cfg: ModelConfig, itemsize: int) -> float:
     """What a layer saves of each token, attention's copies apart.
 
-    Norms: the input in float32 and its scale, the normalised input where the norm's weight trains (Gemma's keep it in
-    float32). What linear layers read: both norms' outputs, the attention's output in token order, the MLP's product,
-    and between an adapter's two halves. Attention: queries, keys, values, its output and log-sum-exp. MLP: gate, its
-    activation, up.
+    Norms: the input and its scale; Gemma's, which `engine.pointwise` leaves alone, the input in float32, and the
+    normalised input too where the norm's weight trains. What linear layers read: both norms' outputs, the attention's
+    output in token order, the MLP's product, and between an adapter's two halves. Attention: queries, keys, values, its
+    output and log-sum-exp. MLP: gate and up; its activation too where it is not SiLU.
     """
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     normed = shape.norms * h + (q + kv) * shape.qk_norm
-    norms = normed * FP32 + FP32 * (shape.norms + (shape.heads + shape.kv_heads) * shape.qk_norm)
-    if not cfg.lora.rank:
-        norms += normed * (FP32 if shape.norms > 2 else itemsize)
+    plain = not shape.model_type.startswith("gemma")
+    norms = normed * (itemsize if plain else FP32 if cfg.lora.rank else 2 * FP32)
+    norms += FP32 * (shape.norms + (shape.heads + shape.kv_heads) * shape.qk_norm)
     read = 2 * h + q + shape.intermediate + 7 * cfg.lora.rank
     attention = 2 * q + 2 * kv
-    return norms + itemsize * (read + attention + 3 * shape.intermediate) + FP32 * shape.heads
+    gated = (2 if shape.gated_silu else 3) * shape.intermediate
+    return norms + itemsize * (read + attention + gated) + FP32 * shape.heads
 
 
 def attention_copies(shape: ModelShape, passes: Passes, itemsize: int, device: str) -> float:

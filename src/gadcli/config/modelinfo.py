@@ -42,6 +42,7 @@ class ModelShape:
     mlp_bias: bool = False
     qk_norm: bool = False
     norms: int = 2
+    gated_silu: bool = False  # one dense MLP of silu(gate) * up a layer
 
     @property
     def attention_params(self) -> int:
@@ -122,6 +123,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         mlp_bias=bool(config.get("mlp_bias", False)),
         qk_norm=kind in QK_NORMS,
         norms=4 if kind in FOUR_NORMS else 2,
+        gated_silu=not experts and (config.get("hidden_act") or config.get("hidden_activation") or "silu") == "silu",
     )
 
 

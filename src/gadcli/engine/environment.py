@@ -35,9 +35,8 @@ ENGINE_VARIABLES = {
 
 # vLLM compiles one small function of its log-probs with inductor: 10 to 28 s before the first rollout, and a C++
 # compiler that a laptop may not have, for nothing that a CPU run would notice.
-# glibc's heaps, not the kernel, give tensors their memory: below 1 MiB a tensor, mapping each one (its smallest threshold
-# once memory was the concern) took as much time as the products of a step, for pages to clear. What it keeps at its top
-# is bounded. It reads both at its start.
+# glibc's heaps give tensors their memory, not the kernel: where it maps every tensor of 1 MiB and more, clearing pages
+# takes as long as a step's products do. What stays free at the heap's top is bounded. glibc reads both at its start.
 CPU_VARIABLES = {
     "TORCHDYNAMO_DISABLE": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),

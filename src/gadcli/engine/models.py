@@ -27,6 +27,7 @@ from gadcli.engine.attention import SHARED, SHARED_PLAIN
 from gadcli.engine.dist import World
 from gadcli.engine.head import head_logprobs
 from gadcli.engine.layout import Layout
+from gadcli.engine.pointwise import keep_less
 from gadcli.engine.same_machine import use_exchange
 from gadcli.engine.sharing import choose_layout
 from gadcli.errors import ConfigError
@@ -82,6 +83,7 @@ def load_actor(path: str, cfg: ModelConfig, seed: int = 0, *, trainable: bool = 
     config = _read_config(path, cfg)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=SHARED)
     _prepare(model, cfg, seed, trainable)
+    keep_less(model)
     model.answer_logprobs = types.MethodType(answer_logprobs, model)
     choose_layout(model, path, SHARED)
     return model
@@ -110,6 +112,8 @@ def load_critic(path: str, cfg: ModelConfig, seed: int, *, twice_differentiable:
             path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     _prepare(model, cfg, seed, trainable=True)
+    if not twice_differentiable:
+        keep_less(model)
     model.score.weight.requires_grad_(True)
     if model.score.bias is not None:
         # A loss of score differences gives it a gradient of rounding errors alone, which Adam blows up to whole steps.
@@ -175,7 +179,10 @@ def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, 
     offload = offload and world.device.type == "cuda"
     model.gad_gathers_once, model.gad_ends_step = False, True
     if not is_sharded(world.size, compute.itemsize, offload):
-        return model.to(world.device)
+        # Weights are mapped from the checkpoint's file until they move: what becomes of that file must not matter.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.to(world.device, copy=True)
+        return model
     total, trainable = (sum(p.numel() for p in some) for some in (model.parameters(), trainable_parameters(model)))
     model.gad_gathers_once = gathers_once(cfg.gather, world.size, total, trainable, compute.itemsize)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None

@@ -16,7 +16,7 @@ from gadcli.config.schema import RolloutConfig
 from gadcli.engine.dist import World
 from gadcli.engine.rollout import Sampler, Sampling, cut_at_eos, gather_logprobs
 from gadcli.engine.rows import Answer
-from gadcli.engine.sync import full_tensors
+from gadcli.engine.sync import changing_names, full_tensors
 from gadcli.engine.watchdog import WATCHDOG
 
 
@@ -64,14 +64,17 @@ class HfSampler(Sampler):
         self.cfg, self.world, self.eos_ids = cfg, world, eos_ids
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
         self.model.to(world.device).eval()
+        self._held: nn.Module | None = None  # whose weights we have
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
         own = self.model.state_dict()
-        missing = set(own)
-        for name, tensor in full_tensors(model):
+        wanted = changing_names(model) if self._held is model else set(own)
+        missing = set(wanted)
+        for name, tensor in full_tensors(model, wanted):
             own[name].copy_(tensor)
             missing.discard(name)
+        self._held = model
         if missing:
             raise AssertionError(f"weights that the actor did not send: {sorted(missing)[:5]}")
 

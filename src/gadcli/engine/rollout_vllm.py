@@ -17,7 +17,7 @@ from gadcli.config.schema import RolloutConfig
 from gadcli.engine.dist import World
 from gadcli.engine.rollout import Sampler, Sampling
 from gadcli.engine.rows import Answer
-from gadcli.engine.sync import full_tensors
+from gadcli.engine.sync import changing_names, full_tensors, weight_names, whole_layers
 from gadcli.engine.watchdog import WATCHDOG
 from gadcli.errors import ConfigError, SyncError
 
@@ -58,6 +58,7 @@ class VllmSampler(Sampler):
         self.eos_ids = eos_ids
         self._team = _my_team(cfg.tensor_parallel_size, world)
         self._may_sleep, self._asleep = cfg.sleep, False
+        self._held: nn.Module | None = None  # whose weights we have: of that model we load what training moves
         self._beat_at_each_step()
 
     def _beat_at_each_step(self) -> None:
@@ -83,20 +84,24 @@ class VllmSampler(Sampler):
 
     def load(self, model: nn.Module) -> None:
         self._wake()
-        sent: set[str] = set()
+        wanted, sent = set(weight_names(model)), set[str]()
+        if self._held is model:
+            (packed, *_) = self.llm.apply_model(lambda own: dict(getattr(own, "packed_modules_mapping", None) or {}))
+            wanted = whole_layers(weight_names(model), changing_names(model), packed)
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in full_tensors(model):
+            for name, tensor in full_tensors(model, wanted):
                 sent.add(name)
                 yield name, tensor
 
+        self._held = None  # until this has gone well
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
-        missing = {name for name, _ in model.named_parameters() if ".lora_" not in name}
-        missing = {name.replace(".base_layer.", ".") for name in missing} - sent
+        missing = wanted - sent
         if missing:  # vLLM itself only warns
             raise SyncError(f"weights that were not sent to the sampler: {sorted(missing)[:5]}")
         if not self.llm.reset_prefix_cache():
             raise SyncError("the sampler's prefix cache could not be cleared: it would answer with old weights")
+        self._held = model
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
         if self._team is None:

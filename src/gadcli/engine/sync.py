@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +18,54 @@ from gadcli.engine.watchdog import WATCHDOG
 from gadcli.errors import SyncError
 
 
-def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def full_tensors(model: nn.Module, only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight under its plain Hugging Face name, whole, one at a time; LoRA deltas merged into their base.
 
     A tied head is sent as `lm_head.weight` too: samplers that have packed their weights would otherwise keep the old
-    one and only warn.
+    one and only warn. `only` (the same on every rank) leaves out, and does not gather, what it does not name.
     """
     adapters = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     for name, value in model.state_dict().items():
-        if ".lora_" in name:
+        if ".lora_" in name or (only is not None and plain_name(name) not in only):
             continue
         WATCHDOG.beat()
         owner = name.rsplit(".base_layer.", 1)[0] if ".base_layer." in name else None
         full = _full(value)
         if owner is not None and name.endswith(".base_layer.weight"):
             full = full + lora_delta(adapters[owner]).to(full.dtype)
-        yield name.replace(".base_layer.", "."), full
+        yield plain_name(name), full
+
+
+def plain_name(name: str) -> str:
+    """A weight's name in the model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def weight_names(model: nn.Module) -> list[str]:
+    """What `full_tensors` sends, in its order."""
+    return [plain_name(name) for name in model.state_dict() if ".lora_" not in name]
+
+
+def changing_names(model: nn.Module) -> set[str]:
+    """The weights that training moves: those with gradients, and the bases of adapters that have them."""
+    moved = {id(p) for p in model.parameters() if p.requires_grad}
+    found = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in moved}
+    return {name.split(".lora_")[0] + ".weight" if ".lora_" in name else plain_name(name) for name in found}
+
+
+def whole_layers(names: Sequence[str], some: Collection[str], packed: Mapping[str, Sequence[str]]) -> set[str]:
+    """`some` of `names` and whatever shares a layer with them in a sampler that packs modules: {its layer: ours}.
+
+    vLLM loads a layer anew or not at all; its `qkv_proj` is our `q_proj`, `k_proj` and `v_proj`, biases included.
+    """
+    layer_of = {ours: layer for layer, parts in packed.items() for ours in parts}
+
+    def layer(name: str) -> str:
+        parent, _, module = name.rpartition(".")[0].rpartition(".")
+        return f"{parent}.{layer_of.get(module, module)}"
+
+    touched = {layer(name) for name in some}
+    return {name for name in names if layer(name) in touched}
 
 
 def lora_delta(layer: Any) -> torch.Tensor:
