@@ -20,8 +20,9 @@ LOGITS_CHUNK = 8 * 2**20  # scalars of logits alive at once, as engine.head has 
 LOGITS_COPIES = 4  # logits, log-softmax, probabilities and their gradient
 KV_CPU_RANGE = (2**28, 2**30)  # what the sampler takes on CPU when rollout.kv_cache_gb is 0
 RUNTIME = {"cpu": 0.55 * GIB, "cuda": 1.2 * GIB}  # torch, transformers, data; CUDA context, NCCL buffers
-ENGINE_RUNTIME = {"cpu": 0.7 * GIB, "cuda": 1.0 * GIB}  # vLLM beside weights and KV cache
+ENGINE_RUNTIME = {"cpu": 0.5 * GIB, "cuda": 1.0 * GIB}  # vLLM beside weights and KV cache
 HOST_PER_GPU_PROCESS = 5 * GIB
+HEAP_PIECES = 64 * 2**10  # bytes a layer and unit of width that glibc's heap holds free in pieces of no use (measured)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ModelMemory:
     activations: float
     logits: float
     micro_batches: int = 1
+    pieces: float = 0.0  # on CPUs, of the C library's heap
 
     @property
     def resident(self) -> float:
@@ -64,8 +66,8 @@ class ModelMemory:
         """
         passing = self.activations + self.logits
         if self.micro_batches > 1:
-            return self.gathered + self.gradients + passing
-        return self.gathered + max(passing, self.gradients + passing / 2)
+            return self.gathered + self.pieces + self.gradients + passing
+        return self.gathered + self.pieces + max(passing, self.gradients + passing / 2)
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ def estimate_model(
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
         alive = min(LOGITS_CHUNK, passes.rows * passes.answer_tokens * shape.vocab)
         logits = LOGITS_COPIES * alive * FP32 + (0 if frozen_head else shape.embedding_params * FP32)
+    activations = activation_bytes(shape, cfg, passes, itemsize, setting.device)
+    largest_pieces = HEAP_PIECES * shape.layers * shape.hidden if setting.device == "cpu" else 0.0
     return ModelMemory(
         parameters=total,
         trainable=trainable,
@@ -228,9 +232,10 @@ def estimate_model(
         gradients=trainable * FP32 / (1 if whole_gradients else shards),
         optimiser=trainable * ADAM_BYTES / shards,
         gathered=gathered * itemsize,
-        activations=activation_bytes(shape, cfg, passes, itemsize, setting.device),
+        activations=activations,
         logits=logits,
         micro_batches=passes.count,
+        pieces=min(largest_pieces, 2 * (activations + logits)),
     )
 
 
