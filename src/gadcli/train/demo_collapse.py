@@ -32,7 +32,7 @@ RUIN = {
     "v1": [
         "critic.loss=v1", "critic.values=all",
         "critic.optim.lr=2e-3", "trainer.critic_warmup=20",  # far too fast, and long alone: the gap runs off
-        "actor.optim.lr=5e-4", "trainer.total_steps=75",  # slow enough not to swing the game about
+        "actor.optim.lr=5e-4", "trainer.total_steps=120",  # slow enough not to swing the game about
     ]
 }  # fmt: skip
 
