@@ -191,7 +191,7 @@ def is_sharded(world_size: int, itemsize: int, offloads: bool = False) -> bool:
 def gathers_once(gather: str, world_size: int, total: int, trainable: int, itemsize: int) -> bool:
     """Whether weights are gathered and gradients (float32) reduced once an optimiser step: `fsdp.gather` and sizes.
 
-    A world of one gains by it too, at no memory: it has no traffic, but FSDP2 copies gradients as if there were.
+    A world of one that is sharded at all (in bf16) gains by it at no memory: FSDP2 copies gradients even there.
     """
     if gather == "micro_batch":
         return False
