@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.library import Library, get_kernel
+from torch.library import Library
 
 SMALLEST = 2**20  # multiplications: below, the call costs more than the product
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -48,6 +48,8 @@ def use_onednn() -> Library:
 
     What it does not take (other types, tiny products, odd strides, sums other than a bias) goes where it went before.
     """
+    from torch.library import get_kernel  # newer than what a GPU build may bring along
+
     onednn = torch.ops.mkldnn._linear_pointwise.default
     usual_mm, usual_addmm = get_kernel("aten::mm", "CPU"), get_kernel("aten::addmm", "CPU")
 
