@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.parts import TEMPERATURE, build_actor
-from engine.sampler_checks import MAX_TOKENS, SAMPLING, difference
+from engine.sampler_checks import MAX_TOKENS, SAMPLING, check_second_sync, difference, partly_trained
 from gadcli.config.schema import FsdpConfig, RolloutConfig
 from gadcli.engine.dist import init_world
 from gadcli.engine.layout import Group
@@ -31,6 +31,7 @@ def main() -> None:
 
     cfg = RolloutConfig(max_num_seqs=32, max_model_len=64, kv_cache_gb=0.02, tensor_parallel_size=2)
     sampler = VllmSampler(cfg, path, world, [1], torch.float32, seed=1)
+    second = check_second_sync(sampler, partly_trained(world, path))
     actor = build_actor(world, path)
     with torch.no_grad():  # today's weights are not those on disk
         for p in actor.model.parameters():
@@ -45,6 +46,7 @@ def main() -> None:
     actor_BT = actor.logprobs(groups, MAX_TOKENS, temperature=TEMPERATURE)
     flat = [answer for group in every for answer in group]
     largest = max(abs(x - float(actor_BT[b, t])) for b, answer in enumerate(flat) for t, x in enumerate(answer.logps))
+    probe = max(probe, *second.values())
     found = {"probe": probe, "logp_difference": largest, "groups": len(every), "answers": len(flat)}
     out.with_suffix(f".{world.rank}").write_text(json.dumps(found))
     sys.stdout.flush()
