@@ -2,6 +2,7 @@
 
     python benchmarks/step.py update [--response 128] [--qwen] [--rounds 3] [--out FILE.json]
     python benchmarks/step.py trl [--prompts 1] [--response 64] [--rounds 2] [--out FILE.json]
+    python benchmarks/step.py memory [--prompts 2] [--rounds 1] [--out FILE.json]
 
 `update` is one update of actor and critic and one pass of the reference over the same drawn rows, packed with shared
 prompts ("shared") and with a prompt for every answer ("alone": packed too, so that only the sharing differs).
@@ -9,7 +10,8 @@ prompts ("shared") and with a prompt for every answer ("alone": packed too, so t
 as documented (GRPOTrainer, beta 0.001, its own generation), without gradient checkpointing, which is its default, since
 without it is faster. Its reward is a random number: constant cost. One thread each, float32; see contest.py.
 Beside them runs "lean": our reference pass and actor update of rows of that shape, with neither sampler nor critic, in
-micro-batches of `--budget` tokens. Its peak memory is the update's own, to compare with TRL's.
+micro-batches of `--budget` tokens. Its peak memory is the update's own, to compare with TRL's. `memory` is these two
+alone, for more prompts than three contestants have room for.
 """
 
 from __future__ import annotations
@@ -203,17 +205,23 @@ def report_trl(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, 
     peer = per_token.pop("TRL GRPO")
     rows = {f"TRL / {name}": contest.ratios(values, peer) for name, values in per_token.items()}
     outside = [1 - sum(r[p] for p in parts) / r["cpu_s"] for r in gad]
-    peaks = {name: max(r["peak_mb"] for r in runs) for name, runs in found.items()}
-    print("  peak MB: " + ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items()))
-    print(f"  memory of the update alone: {peaks['lean'] / peaks['trl']:.2f} of TRL's")
+    report_memory(found, args)
     print(f"  outside gad's parts: {100 * max(outside):.2f} % of a step")
     contest.print_table("Ratio", "times", rows)
     return rows
 
 
+def report_memory(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    peaks = {name: max(r["peak_mb"] for r in runs) for name, runs in found.items()}
+    print("  peak MB: " + ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items()))
+    print(f"  memory of the update alone: {peaks['lean'] / peaks['trl']:.2f} of TRL's")
+    return {"peak memory, TRL / gad's update": contest.spread([peaks["trl"] / peaks["lean"]])}
+
+
 CONTESTS = {
     "update": (["update"], report_update),
     "trl": (["gad", "lean", "trl"], report_trl),
+    "memory": (["lean", "trl"], report_memory),
 }
 
 
