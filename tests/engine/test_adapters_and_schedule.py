@@ -7,6 +7,8 @@ sent is base plus delta; train_layers freezes everything below; the schedule is 
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +59,19 @@ def test_with_adapters_off_the_actor_is_the_base_model_exactly(world: World, mod
     left_on_BT = actor.logprobs(groups, rollout.width, reference=Reference(actor.model, adapters=False))
     assert float((left_on_BT - base_BT).abs().max()) > 0.01
     assert torch.equal(actor.logprobs(groups, rollout.width), left_on_BT)
+
+
+def test_what_becomes_of_the_checkpoints_file_does_not_matter(world: World, model_path: str, tmp_path: Path) -> None:
+    """Loaded weights are mapped from it; those that never train would follow whatever is written there."""
+    own = shutil.copytree(model_path, tmp_path / "model")
+    actor = build_actor(world, str(own), lora=4)
+    rollout = tiny_rollout()
+    before = actor.logprobs(rollout.student_groups(), rollout.width)
+    weights_file = own / "model.safetensors"
+    with weights_file.open("r+b") as file:
+        file.seek(weights_file.stat().st_size // 3)
+        file.write(bytes(weights_file.stat().st_size // 2))
+    assert torch.equal(actor.logprobs(rollout.student_groups(), rollout.width), before)
 
 
 def test_only_adapters_move(world: World, model_path: str) -> None:

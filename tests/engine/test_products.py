@@ -108,6 +108,8 @@ def test_sums_empty_products_and_wrong_shapes_are_torchs_own() -> None:
         left @ left
     with pytest.raises(RuntimeError):
         left @ right.double()
+    with pytest.raises(RuntimeError, match="must be a matrix"):
+        torch.mm(left[0], right)
 
 
 @pytest.mark.parametrize(("vendor", "expected"), [("GenuineIntel", False), ("", False), ("AuthenticAMD", True)])

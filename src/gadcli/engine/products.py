@@ -75,6 +75,8 @@ def use_onednn() -> Library:
 
 
 def _suits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.dim() != 2 or right.dim() != 2:  # torch has words for it
+        return False
     if left.dtype != torch.float32 or right.dtype != torch.float32 or left.shape[1] != right.shape[0]:
         return False
     work = left.shape[0] * left.shape[1] * right.shape[1]

@@ -74,9 +74,9 @@ class HfSampler(Sampler):
         for name, tensor in full_tensors(model, wanted):
             own[name].copy_(tensor)
             missing.discard(name)
-        self._held = model
         if missing:
             raise AssertionError(f"weights that the actor did not send: {sorted(missing)[:5]}")
+        self._held = model
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:

@@ -84,10 +84,11 @@ class VllmSampler(Sampler):
 
     def load(self, model: nn.Module) -> None:
         self._wake()
-        wanted, sent = set(weight_names(model)), set[str]()
+        names, sent = weight_names(model), set[str]()
+        wanted = set(names)
         if self._held is model:
             (packed, *_) = self.llm.apply_model(lambda own: dict(getattr(own, "packed_modules_mapping", None) or {}))
-            wanted = whole_layers(weight_names(model), changing_names(model), packed)
+            wanted = whole_layers(names, changing_names(model), packed)
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in full_tensors(model, wanted):
