@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gadcli.engine import environment
+from gadcli.launch import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = "1"

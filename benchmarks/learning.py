@@ -32,9 +32,9 @@ import pyarrow.parquet as pq
 import learning_nano
 import learning_report
 import learning_spread
-from gadcli.data.smollm import ensure_demo_model
-from gadcli.data.stdlib_text import has_form, write_demo_data
-from gadcli.engine.retention import best_checkpoint
+from gadcli.checkpoint.embedded_model import ensure_demo_model
+from gadcli.checkpoint.retention import best_checkpoint
+from gadcli.demo.docstring_data import has_form, write_demo_data
 from gadcli.evaluate.fresh_discriminator import fresh_discriminator
 from gadcli.evaluate.text import Sample
 

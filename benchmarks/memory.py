@@ -20,12 +20,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gadcli.checkpoint.embedded_model import ensure_demo_model
 from gadcli.config.memory import GIB, MemoryEstimate, Setting, estimate
 from gadcli.config.modelinfo import model_shape, read_model_config
 from gadcli.config.resolve import resolve
 from gadcli.config.schema import GadConfig
-from gadcli.data.smollm import ensure_demo_model
-from gadcli.engine import environment
+from gadcli.launch import environment
 
 PROMPT, RESPONSE = 192, 48
 COMMON = [

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gadcli.config.schema import ActorConfig, CriticConfig, FsdpConfig, ModelConfig, OptimConfig
 from gadcli.data.batches import TokenizedRow
-from gadcli.engine.actor import Actor, Reference
-from gadcli.engine.critic import Critic
-from gadcli.engine.dist import World, init_world
-from gadcli.engine.models import load_actor, load_critic, shard
-from gadcli.engine.optim import Optimizer
-from gadcli.engine.rows import Answer, Rollout
+from gadcli.distributed.world import World, init_world
+from gadcli.model.actor import Actor, Reference
+from gadcli.model.critic import Critic
+from gadcli.model.loading import load_actor, load_critic, shard
+from gadcli.model.optim import Optimizer
+from gadcli.model.rollout_batch import Answer, Rollout
 
 TEMPERATURE = 1.0
 BUDGET = 4096  # tokens a micro-batch

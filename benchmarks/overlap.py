@@ -60,7 +60,7 @@ class StoodStill:
 
 def turn(run: Any, step: int, overlap: bool) -> dict[str, float]:
     """One step's seconds by phase."""
-    from gadcli.train.adversarial import learn_and_draw_ahead, learn_from, roll_out_now
+    from gadcli.train.stages import learn_and_draw_ahead, learn_from, roll_out_now
     from gadcli.train.steplog import StepLog
 
     run.ahead = None
@@ -98,11 +98,11 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from gadcli.engine.environment import engine_variables
+    from gadcli.launch.environment import engine_variables
 
     os.environ |= engine_variables() | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     if args.model is None:
-        from gadcli.data.smollm import ensure_demo_model
+        from gadcli.checkpoint.embedded_model import ensure_demo_model
 
         args.model = str(ensure_demo_model())
     import torch

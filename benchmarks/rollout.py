@@ -21,7 +21,8 @@ import contest
 def run_sampler(args: argparse.Namespace, turns: contest.Turns, engine: str) -> None:
     import ours
     from gadcli.config.schema import RolloutConfig
-    from gadcli.engine.rollout import Sampling, build_sampler
+    from gadcli.rollout.build import build_sampler
+    from gadcli.rollout.sampler import Sampling
 
     world, tokenizer = ours.world(), ours.tokenizer_of(args.model)
     cfg = RolloutConfig(engine=engine, n=args.group, max_model_len=1024, max_num_seqs=128)
@@ -84,7 +85,7 @@ def main() -> None:
         return run_generate(args, contest.Turns())
     if args.contestant:
         return run_sampler(args, contest.Turns(), args.contestant)
-    from gadcli.data.smollm import ensure_demo_model
+    from gadcli.checkpoint.embedded_model import ensure_demo_model
 
     args.model = args.model or str(ensure_demo_model())
     names = ("model", "prompts", "prompt", "group", "response")

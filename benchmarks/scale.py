@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gadcli.data.smollm import ensure_demo_model
-from gadcli.engine.launch import children_of
+from gadcli.checkpoint.embedded_model import ensure_demo_model
+from gadcli.launch.supervisor import children_of
 
 SAVE_FREQ = 10
 
@@ -32,7 +32,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = str(ensure_demo_model())
-        subprocess.run([sys.executable, "-m", "gadcli.data.stdlib_text", str(folder / "data")], check=True)
+        subprocess.run([sys.executable, "-m", "gadcli.demo.docstring_data", str(folder / "data")], check=True)
 
     def train(self, stage: str, name: str, *words: str) -> tuple[float, float, list[dict[str, Any]]]:
         """Run a stage; returns when it began (wall clock), the processor seconds of all its processes until the first

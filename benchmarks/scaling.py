@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.kind:
         return run_rank(args)
-    from gadcli.data.smollm import ensure_demo_model
+    from gadcli.checkpoint.embedded_model import ensure_demo_model
 
     args.model = args.model or str(ensure_demo_model())
     rounds: dict[str, Any] = {}

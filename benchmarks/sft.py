@@ -48,7 +48,7 @@ def text_pairs(tokenizer: Any, text: str) -> list[tuple[str, str]]:
 
 def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
     import ours
-    from gadcli.engine.layout import Group
+    from gadcli.model.packing import Group
 
     actor = ours.actor(ours.world(), args.model, 4096)
     tokenizer = ours.tokenizer_of(args.model)
@@ -120,7 +120,7 @@ def main() -> None:
         return run_ours(args, contest.Turns())
     if args.contestant:
         return run_trl(args, contest.Turns(), PEERS[args.contestant])
-    from gadcli.data.smollm import ensure_demo_model
+    from gadcli.checkpoint.embedded_model import ensure_demo_model
 
     args.model = args.model or str(ensure_demo_model())
     rounds, ratio = {}, {}

@@ -37,7 +37,7 @@ def run_update(args: argparse.Namespace, turns: contest.Turns) -> None:
     import torch
 
     import ours
-    from gadcli.engine.rows import Rollout
+    from gadcli.model.rollout_batch import Rollout
 
     world = ours.world()
     budget = args.group * (args.prompt + args.response) + args.prompt
@@ -64,13 +64,14 @@ def run_update(args: argparse.Namespace, turns: contest.Turns) -> None:
 
 
 def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
-    """The product's step: sync, rollout, reference, critic and actor, as train/adversarial.py runs them."""
+    """The product's step: sync, rollout, reference, critic and actor, as train/stages.py runs them."""
     import torch
 
     import ours
     from gadcli.config.schema import RolloutConfig
-    from gadcli.engine.rollout import Sampling, build_sampler
-    from gadcli.engine.rows import Rollout
+    from gadcli.model.rollout_batch import Rollout
+    from gadcli.rollout.build import build_sampler
+    from gadcli.rollout.sampler import Sampling
 
     world = ours.world()
     actor, reference = ours.actor(world, args.model, ours.BUDGET, use_kl_loss=True), ours.reference(world, args.model)
@@ -104,7 +105,7 @@ def run_lean(args: argparse.Namespace, turns: contest.Turns) -> None:
     import torch
 
     import ours
-    from gadcli.engine.rows import Rollout
+    from gadcli.model.rollout_batch import Rollout
 
     world = ours.world()
     actor, reference = ours.actor(world, args.model, args.budget, use_kl_loss=True), ours.reference(world, args.model)
@@ -244,7 +245,7 @@ def main() -> None:
         runs = {"update": run_update, "gad": run_ours, "lean": run_lean, "trl": run_trl}
         runs[args.contestant](args, contest.Turns())
         return
-    from gadcli.data.smollm import ensure_demo_model
+    from gadcli.checkpoint.embedded_model import ensure_demo_model
 
     names, report = CONTESTS[args.what]
     given = ("prompts", "prompt", "group", "response", "engine", "budget")

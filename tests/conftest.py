@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from gadcli.distributed.world import World
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,8 +21,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would inherit, 
 
 LONG_FILES = (
     "train/test_demo.py",
-    "engine/test_worlds_and_resume.py",
-    "engine/test_samplers.py",
+    "train/test_worlds_and_resume.py",
+    "rollout/test_samplers.py",
     "data/test_mutations.py",
     "checkpoint/test_world_sizes.py",
 )
@@ -30,7 +35,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its data: `engine.training.write_inputs`."""
-    from engine.training import write_inputs  # most test files need none of what it imports
+    """A tiny model with its data: `train.training.write_inputs`."""
+    from train.training import write_inputs  # most test files need none of what it imports
 
     return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """A process group of one; the environment that it writes is put back."""
+    import torch.distributed as dist
+
+    from gadcli.config.schema import FsdpConfig
+    from gadcli.distributed.world import init_world
+
+    before = dict(os.environ)
+    yield init_world("cpu", FsdpConfig())
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama on disk."""
+    from tiny import write_tiny_model
+
+    return str(write_tiny_model(tmp_path_factory.mktemp("model")))

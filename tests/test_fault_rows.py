@@ -55,12 +55,12 @@ ROWS: dict[str, list[str]] = {
         "train/test_stops.py: a_full_disk_that_a_library_only_has_words_for_is_6",
     ],
     "runtime: NaN in loss, gradient or weights": [
-        "engine/test_actor_critic.py: a_loss_that_is_not_finite_names_its_rows_and_moves_no_weight, "
+        "model/test_actor_critic.py: a_loss_that_is_not_finite_names_its_rows_and_moves_no_weight, "
         "a_gradient_that_overflows_is_refused_though_its_loss_is_finite, "
         "weights_that_are_not_finite_stop_both_updates",
     ],
     "runtime: a group without spread, an empty answer": [
-        "engine/test_actor_critic.py: groups_without_spread_teach_nothing_and_are_counted, "
+        "model/test_actor_critic.py: groups_without_spread_teach_nothing_and_are_counted, "
         "a_rollout_of_empty_answers_only_is_finite",
     ],
     "runtime: collapse": [
@@ -75,8 +75,8 @@ ROWS: dict[str, list[str]] = {
     "runtime: a rank killed, frozen or hanging": [
         "launch/test_supervisor.py: a_killed_rank_ends_the_run_with_7_within_10_s, "
         "a_stopped_rank_ends_the_run_within_the_limit_and_5_s, a_hanging_run_is_ended_and_its_stacks_are_in_the_log",
-        "engine/test_lost_peer.py: a_rank_whose_peer_was_killed_ends_with_7",
-        "engine/test_watchdog.py: a_phase_without_progress_ends_with_7_its_name_and_the_stacks",
+        "distributed/test_lost_peer.py: a_rank_whose_peer_was_killed_ends_with_7",
+        "distributed/test_watchdog.py: a_phase_without_progress_ends_with_7_its_name_and_the_stacks",
     ],
     "runtime: signals in every phase, a second Ctrl-C": [
         "train/test_stops.py: a_signal_in_any_phase_saves_after_the_step_and_the_rest_is_bit_equal, "
@@ -105,7 +105,7 @@ ROWS: dict[str, list[str]] = {
         "launch/test_terminal.py: the_terminal_is_given_back_after_a_signal",
     ],
     "promise: resume is exact, at another world size too": [
-        "engine/test_worlds_and_resume.py: a_killed_run_resumes_bit_equal_in_metrics_weights_and_moments",
+        "train/test_worlds_and_resume.py: a_killed_run_resumes_bit_equal_in_metrics_weights_and_moments",
         "checkpoint/test_world_sizes.py: weights_and_adam_moments_move_between_world_sizes",
     ],
     "promise: sockets on loopback, secrets nowhere": [

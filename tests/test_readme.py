@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.training import environment, prepare, train
 from tiny import write_tiny_data, write_tiny_model
+from train.training import environment, prepare, train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]

@@ -30,9 +30,9 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.training import SMALL, environment, manifest_hashes, steps, write_inputs
-from gadcli.engine.manifest import latest_valid, list_checkpoints, step_of, verify
+from gadcli.checkpoint.manifest import latest_valid, list_checkpoints, step_of, verify
 from gadcli.errors import CheckpointError
+from train.training import SMALL, environment, manifest_hashes, steps, write_inputs
 
 STEPS = 4
 # System calls that fail together: what a full disk can refuse.

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from checkpoint.saving import save
-from gadcli.engine.checkpoint import load_checkpoint
-from gadcli.engine.manifest import latest_valid, step_of, verify
+from gadcli.checkpoint.manifest import latest_valid, step_of, verify
 from gadcli.errors import CheckpointError
+from gadcli.train.checkpoint import load_checkpoint
 
 SIZE = 2_000_000  # float32 weights: 8 MB, and as many bytes of optimiser state
 

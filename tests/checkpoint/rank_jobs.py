@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from gadcli.engine.background import BackgroundSaver, host_copy
-from gadcli.engine.checkpoint import load_checkpoint, load_rng, save_checkpoint
 from gadcli.errors import CheckpointError, ResourceError
+from gadcli.train.async_save import BackgroundSaver, host_copy
+from gadcli.train.checkpoint import load_checkpoint, load_rng, save_checkpoint
 
 
 def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gadcli.engine.checkpoint import save_checkpoint
+from gadcli.train.checkpoint import save_checkpoint
 
 
 def save(run_dir: Path, step: int, value: float | None = None, *, score: float | None = None, size: int = 6,
@@ -36,7 +36,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def rewrite_manifest(checkpoint: Path) -> None:
     """Makes the manifest agree with tampered files again, as someone who plants a payload would."""
-    from gadcli.engine.manifest import hash_file
+    from gadcli.checkpoint.manifest import hash_file
 
     path = checkpoint / "MANIFEST.json"
     raw = json.loads(path.read_text())

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from checkpoint.ranks import run_jobs
 from checkpoint.saving import save, write_config
-from gadcli.engine.background import BackgroundSaver, host_copy
-from gadcli.engine.checkpoint import load_checkpoint, save_checkpoint
-from gadcli.engine.manifest import latest_valid
+from gadcli.checkpoint.manifest import latest_valid
 from gadcli.errors import ResourceError
+from gadcli.train.async_save import BackgroundSaver, host_copy
+from gadcli.train.checkpoint import load_checkpoint, save_checkpoint
 from gadcli.train.saving import saves_in_background
 
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from checkpoint.saving import rewrite_manifest, save
-from gadcli.engine.checkpoint import load_checkpoint, load_rng
-from gadcli.engine.dcp_index import read_dcp_index
-from gadcli.engine.manifest import read_manifest, read_trainer, verify
-from gadcli.engine.safe_load import TorchZip, load_pickle
+from gadcli.checkpoint.dcp_metadata import read_dcp_index
+from gadcli.checkpoint.manifest import read_manifest, read_trainer, verify
+from gadcli.checkpoint.safe_unpickle import TorchZip, load_pickle
 from gadcli.errors import CheckpointError
+from gadcli.train.checkpoint import load_checkpoint, load_rng
 
 
 class Payload:
@@ -178,8 +178,8 @@ def test_links_are_refused(tmp_path: Path, link: str) -> None:
 
 def test_a_pickle_that_writes_on_a_stand_in_class_is_damage(tmp_path: Path) -> None:
     """BUILD on a class would set attributes on it; the stand-ins are made so that it cannot."""
-    from gadcli.engine.dcp_index import _resolve
-    from gadcli.engine.safe_load import Inert
+    from gadcli.checkpoint.dcp_metadata import _resolve
+    from gadcli.checkpoint.safe_unpickle import Inert
 
     evil = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n(N}X\x05\x00\x00\x00stateK\x01stb."
     with pytest.raises(CheckpointError, match="damaged"):

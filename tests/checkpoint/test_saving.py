@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from checkpoint.saving import save, snapshot
-from gadcli.engine import checkpoint as engine
-from gadcli.engine.checkpoint import load_checkpoint, load_rng
-from gadcli.engine.manifest import latest_valid, list_checkpoints, read_manifest, read_trainer, verify
-from gadcli.engine.retention import set_aside_newer
+from gadcli.checkpoint.manifest import latest_valid, list_checkpoints, read_manifest, read_trainer, verify
+from gadcli.checkpoint.retention import set_aside_newer
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
+from gadcli.train import checkpoint as engine
+from gadcli.train.checkpoint import load_checkpoint, load_rng
 
 
 def steps(run_dir: Path) -> list[str]:
@@ -58,7 +58,7 @@ def test_the_two_newest_stay_and_the_best_with_them(tmp_path: Path) -> None:
 
 
 def test_a_metric_of_which_less_is_better_keeps_the_smallest(tmp_path: Path) -> None:
-    from gadcli.engine.retention import less_is_better
+    from gadcli.checkpoint.retention import less_is_better
 
     for step, score in enumerate([0.3, 0.1, 0.4, 0.5], 1):
         save(tmp_path, step, score=score, keep_best="min:val/rouge_l")

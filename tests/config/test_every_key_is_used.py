@@ -71,7 +71,7 @@ def is_read(key: str, section: str, cls: type) -> bool:
 
 
 def numbers_of_losses() -> set[str]:
-    """Keys that `engine.critic` hands over as a whole section: `getattr(cfg, cfg.loss)`."""
+    """Keys that `model.critic` hands over as a whole section: `getattr(cfg, cfg.loss)`."""
     return {f"critic.{loss}.{name}" for loss, names in NUMBERS.items() for name in names}
 
 

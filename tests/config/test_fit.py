@@ -13,7 +13,7 @@ from gadcli.config.modelinfo import model_shape
 from gadcli.config.plan import make_plan
 from gadcli.config.resolve import resolve
 from gadcli.errors import ConfigError
-from gadcli.train.parent import StageRequest, prepare
+from gadcli.launch.stage import StageRequest, prepare
 
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,

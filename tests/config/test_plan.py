@@ -208,7 +208,7 @@ def test_seqkd_without_held_out_rows_has_no_sampler() -> None:
 
 
 def test_logits_alive_at_once_are_what_the_head_computes() -> None:
-    source = (ROOT / "src/gadcli/engine/head.py").read_text()
+    source = (ROOT / "src/gadcli/model/chunked_logprobs.py").read_text()
     (line,) = [line for line in source.splitlines() if line.startswith("CHUNK_LOGITS = ")]
     assert eval(line.partition("=")[2].partition("#")[0]) == LOGITS_CHUNK
 

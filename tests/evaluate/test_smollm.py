@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gadcli.data import smollm
+from gadcli.checkpoint import embedded_model as smollm
 from gadcli.errors import DataError, ResourceError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gadcli.data import stdlib_text
-from gadcli.data.stdlib_text import DemoFiles, Entry, has_form
+from gadcli.demo import docstring_data as stdlib_text
+from gadcli.demo.docstring_data import DemoFiles, Entry, has_form
 from gadcli.errors import DataError
 from gadcli.evaluate import text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from gadcli.engine import launch
+from gadcli.launch import supervisor as launch
 
 launch.WORKER_MODULE = "small_worker"  # before the parent is imported: it is a default of its request
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from gadcli.engine.launch import LaunchSpec
-from gadcli.train.parent_display import Display, JsonDisplay, LiveDisplay, PlainDisplay, say
-from gadcli.train.parent_loop import supervise
-from gadcli.train.parent_tensorboard import TensorBoard
+from gadcli.launch.display import Display, JsonDisplay, LiveDisplay, PlainDisplay, say
+from gadcli.launch.foreground import supervise
+from gadcli.launch.supervisor import LaunchSpec
+from gadcli.launch.tensorboard import TensorBoard
 
 DISPLAYS = {"json": JsonDisplay, "plain": PlainDisplay, "live": LiveDisplay, "quiet": Display}
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from gadcli.engine.manifest import Manifest, hash_file, step_folder, write_manifest
+from gadcli.checkpoint.manifest import Manifest, hash_file, step_folder, write_manifest
 from gadcli.metrics.record import MetricsWriter, write_status
 
 RANK = int(os.environ.get("RANK", "0"))

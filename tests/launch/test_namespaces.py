@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.training import SMALL, environment, records, write_inputs
-from gadcli.engine.environment import address_towards, interface_of, reached_at
-from gadcli.engine.manifest import list_checkpoints, verify
+from gadcli.checkpoint.manifest import list_checkpoints, verify
+from gadcli.launch.environment import address_towards, interface_of, reached_at
+from train.training import SMALL, environment, records, write_inputs
 
 ENTER = [
     "unshare",

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gadcli.engine.environment import free_port
-from gadcli.train.parent_cluster import (
+from gadcli.launch.cluster import (
     Node,
     expand_hosts,
     slurm_node,
@@ -29,6 +28,7 @@ from gadcli.train.parent_cluster import (
     torchrun_place,
     without_option,
 )
+from gadcli.launch.environment import free_port
 from launch.processes import HERE, SOURCE, alive, wait_until
 
 GAD = str(HERE / "gad_process.py")
@@ -195,7 +195,7 @@ def test_an_option_is_taken_out_of_a_command_line_in_both_spellings() -> None:
 
 
 def test_a_nodes_board_ignores_what_an_earlier_launch_left(tmp_path: Path) -> None:
-    from gadcli.engine.launch import LaunchSpec, NodeBoard
+    from gadcli.launch.supervisor import LaunchSpec, NodeBoard
 
     spec = LaunchSpec(tmp_path, nnodes=2, node_rank=0)
     spec.logs.mkdir()

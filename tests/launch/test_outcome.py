@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gadcli.engine import environment, lifetime
-from gadcli.engine.outcome import Lost, RankEnd, StopRequest, judge, log_tail, oom_kills
+from gadcli.launch import environment, lifetime
+from gadcli.launch.outcome import Lost, RankEnd, StopRequest, judge, log_tail, oom_kills
 
 NO_STOP = StopRequest()
 

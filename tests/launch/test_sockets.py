@@ -10,13 +10,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from gadcli.engine import environment
+from gadcli.launch import environment
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 RANK = """
 import json, sys, torch
 from gadcli.config.schema import FsdpConfig
-from gadcli.engine.dist import init_world, sum_over_ranks
+from gadcli.distributed.world import init_world, sum_over_ranks
 sys.path.insert(0, sys.argv[1])
 from test_sockets import listening
 world = init_world("cpu", FsdpConfig())

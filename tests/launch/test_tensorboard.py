@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from gadcli.config.schema import GadConfig
-from gadcli.engine.environment import LOOPBACK, free_port
-from gadcli.train.parent_tensorboard import TensorBoard, next_free_port, wanted
+from gadcli.launch.environment import LOOPBACK, free_port
+from gadcli.launch.tensorboard import TensorBoard, next_free_port, wanted
 from launch.processes import Start, alive, wait_until
 
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardedOptimStateDictConfig, ShardedStateDictConfig, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from gadcli.engine.checkpoint import save_checkpoint
+from gadcli.train.checkpoint import save_checkpoint
 from merge.models import build
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gadcli.merge.resolve_model import resolve_model
+from gadcli.checkpoint.resolve_model import resolve_model
 from merge.test_resolve_model import GGUF
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint.saving import snapshot
+from gadcli.checkpoint.merge.pick import models_in
+from gadcli.checkpoint.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
 from gadcli.cli.merge import ProgressLine
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
-from gadcli.merge.pick import models_in
-from gadcli.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
 from merge.conftest import GAD_CASES
 from merge.models import ALPHA, RANK
 
@@ -317,7 +317,8 @@ def test_a_merge_that_is_killed_leaves_no_target(tmp_path: Path, number: int) ->
     for wait in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.2) if number != signal.SIGHUP else (0.4, 0.6):
         code = (
             "import sys; from pathlib import Path; import gadcli.cli.merge as m; m._end_cleanly_on_sigterm();"
-            "import gadcli.merge.to_huggingface as t; t.compare = lambda *a: 0; t.expected_shapes = lambda *a, **k: {};"
+            "import gadcli.checkpoint.merge.to_huggingface as t; t.compare = lambda *a: 0;"
+            "t.expected_shapes = lambda *a, **k: {};"
             "t.to_huggingface(Path(sys.argv[1]), Path(sys.argv[2]))"
         )
         process = subprocess.Popen([sys.executable, "-c", code, str(path / "actor"), str(out)], env=ENV,

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from gadcli.checkpoint.merge.cast import convert
+from gadcli.checkpoint.merge.expected import compare, expected_shapes
+from gadcli.checkpoint.merge.source import LoraInfo
+from gadcli.checkpoint.merge.tensors import Files, Part, SourceTensor, read_whole, same_bytes, whole
+from gadcli.checkpoint.safe_unpickle import Strided, TorchZip
 from gadcli.cli.merge import parse_size
-from gadcli.engine.safe_load import Strided, TorchZip
 from gadcli.errors import CheckpointError, ConfigError
-from gadcli.merge.cast import convert
-from gadcli.merge.expected import compare, expected_shapes
-from gadcli.merge.source import LoraInfo
-from gadcli.merge.tensors import Files, Part, SourceTensor, read_whole, same_bytes, whole
 
 
 def raw(tensor: torch.Tensor) -> memoryview:

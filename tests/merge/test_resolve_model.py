@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.saving import snapshot
+from gadcli.checkpoint.resolve_model import resolve_model
 from gadcli.errors import CheckpointError, ConfigError
-from gadcli.merge.resolve_model import resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +97,7 @@ def test_what_a_killed_conversion_left_is_cleared(gad_root: Path, cache: Path) -
 
 
 def test_two_processes_that_ask_at_once_share_one_conversion(gad_root: Path, cache: Path) -> None:
-    code = "import sys; from gadcli.merge.resolve_model import resolve_model; print(resolve_model(sys.argv[1]))"
+    code = "import sys; from gadcli.checkpoint.resolve_model import resolve_model; print(resolve_model(sys.argv[1]))"
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     path = str(gad_root / "untied-w3/global_step_3/actor")
     asked = [
@@ -191,7 +191,7 @@ def test_a_file_that_is_no_gguf_is_a_usage_error(hf_folder: Path) -> None:
 
 
 def test_a_hub_name_without_a_hub_says_so(tmp_path: Path) -> None:
-    code = "import sys; from gadcli.merge.resolve_model import resolve_model; resolve_model('org/some-model')"
+    code = "import sys; from gadcli.checkpoint.resolve_model import resolve_model; resolve_model('org/some-model')"
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert "ConfigError: model org/some-model: no such folder, not in the local hub cache" in done.stderr

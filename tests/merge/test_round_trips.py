@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from engine.training import environment, prepare, steps, train
-from gadcli.engine.environment import engine_variables
-from gadcli.merge.pick import models_in
-from gadcli.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
+from gadcli.checkpoint.merge.pick import models_in
+from gadcli.checkpoint.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
+from gadcli.launch.environment import engine_variables
+from train.training import environment, prepare, steps, train
 
 pytestmark = pytest.mark.slow
 PROMPTS = [[7, 8, 9, 10, 11, 12], [20, 21], [33, 34, 35, 36, 2, 4, 5]]

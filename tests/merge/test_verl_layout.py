@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gadcli.checkpoint.merge.pick import models_in
+from gadcli.checkpoint.merge.to_huggingface import MergeOptions, to_huggingface
+from gadcli.checkpoint.merge.verl import read_verl
 from gadcli.errors import CheckpointError
-from gadcli.merge.pick import models_in
-from gadcli.merge.to_huggingface import MergeOptions, to_huggingface
-from gadcli.merge.verl import read_verl
 from merge.conftest import VERL_CASES
 from merge.models import ALPHA, RANK, build
 
@@ -207,8 +207,8 @@ def test_plain_and_0d_tensors_come_from_rank_0(verl_root: Path, tmp_path: Path) 
 def test_other_placements_and_meshes_are_clear_errors(verl_root: Path, tmp_path: Path) -> None:
     folder = folder_of(verl_root, "fsdp2-w3-tied")
     path = folder / "model_world_size_3_rank_0.pt"
-    from gadcli.engine.safe_load import TorchZip
-    from gadcli.merge.verl import _spec
+    from gadcli.checkpoint.merge.verl import _spec
+    from gadcli.checkpoint.safe_unpickle import TorchZip
 
     with open(path, "rb") as stream:
         value = TorchZip(path, stream).obj["model.norm.weight"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gadcli.merge.to_huggingface import MergeOptions, to_huggingface
+from gadcli.checkpoint.merge.to_huggingface import MergeOptions, to_huggingface
 from tiny import write_tiny_model
 
 VERL_PYTHON = os.environ.get("GAD_TEST_VERL_PYTHON", "")

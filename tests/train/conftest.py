@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.in_process import process_as_it_was
+from train.in_process import process_as_it_was
 
 
 @pytest.fixture

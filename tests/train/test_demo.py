@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.training import environment, records
-from gadcli.data.stdlib_text import Entry, stdlib_entries
+from gadcli.demo.docstring_data import Entry, stdlib_entries
 from tiny import write_tiny_model
+from train.training import environment, records
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.training import environment, prepare, records, start, write_inputs
 from gadcli.cli.app import run as gad
+from gadcli.demo.collapse import COLLAPSES, RUIN, render
 from gadcli.metrics.diagnose import judge
-from gadcli.train.demo_collapse import COLLAPSES, RUIN, render
+from train.training import environment, prepare, records, start, write_inputs
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.in_process import begin
-from gadcli.engine.rows import Rollout
-from gadcli.train.adversarial import learn_and_draw_ahead, learn_from, roll_out_now
+from gadcli.model.rollout_batch import Rollout
 from gadcli.train.build import close_run
 from gadcli.train.run import Run
+from gadcli.train.stages import learn_and_draw_ahead, learn_from, roll_out_now
 from gadcli.train.steplog import StepLog
+from train.in_process import begin
 
 pytestmark = pytest.mark.usefixtures("left_as_it_was")
 

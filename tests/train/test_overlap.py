@@ -18,8 +18,19 @@ from typing import Any
 import pytest
 import torch
 
-from engine.in_process import SETTINGS, begin, process_as_it_was, send_in, to_the_end
-from engine.training import (
+from gadcli.checkpoint.manifest import latest_valid, read_trainer
+from gadcli.errors import DataError
+from gadcli.model.critic import Critic
+from gadcli.rollout.hf_sampler import HfSampler
+from gadcli.train import loop, worker
+from gadcli.train.build import build_run, close_run
+from gadcli.train.loop import finish, finish_step
+from gadcli.train.overlap import begin_drawing, end_drawing, take_ahead
+from gadcli.train.run import Run
+from gadcli.train.stages import update_actor
+from gadcli.train.steplog import StepLog
+from train.in_process import SETTINGS, begin, process_as_it_was, send_in, to_the_end
+from train.training import (
     end_of_hung_worker,
     manifest_hashes,
     prepare,
@@ -28,16 +39,6 @@ from engine.training import (
     steps,
     train,
 )
-from gadcli.engine.critic import Critic
-from gadcli.engine.manifest import latest_valid, read_trainer
-from gadcli.engine.rollout_hf import HfSampler
-from gadcli.errors import DataError
-from gadcli.train import worker
-from gadcli.train.adversarial import update_actor
-from gadcli.train.build import build_run, close_run
-from gadcli.train.overlap import begin_drawing, end_drawing, take_ahead
-from gadcli.train.run import Run
-from gadcli.train.steplog import StepLog
 
 pytestmark = pytest.mark.usefixtures("left_as_it_was")
 
@@ -98,7 +99,7 @@ def test_the_order_of_updates_is_the_documented_one(inputs: Path, tmp_path: Path
     to_the_end(begin(tmp_path / "threaded", inputs, *PLAIN, "trainer.overlap=true"))
     run = begin(tmp_path / "by-hand", inputs, *PLAIN)
     drawn = None
-    for step, rows in run.steps():
+    for step, rows in loop.steps(run):
         log = StepLog(step, run.on_phase)
         if drawn is None:
             run.sync_sampler(step, log)
@@ -110,8 +111,8 @@ def test_the_order_of_updates_is_the_documented_one(inputs: Path, tmp_path: Path
             run.sync_sampler(step + 1, StepLog(step + 1))
             drawn = run.draw(run.rows_of(step + 1), step + 1)
         log.add(run.critic.update(rollout))
-        run.finish_step(log, rows, rollout, scores)
-    run.finish()
+        finish_step(run, log, rows, rollout, scores)
+    finish(run)
     run.records.end(0, "done")
     close_run(run)
     names = ("rollout/staleness", "rollout/sync_probe")
@@ -331,7 +332,7 @@ def test_a_sampler_that_hangs_beside_the_update_ends_with_7(inputs: Path, tmp_pa
     record, stderr = end_of_hung_worker(
         run_dir,
         "import threading\n"
-        "from gadcli.engine.rollout_hf import HfSampler\n"
+        "from gadcli.rollout.hf_sampler import HfSampler\n"
         "generate = HfSampler.generate\n"
         "def hangs_in_a_thread(self, *arguments):\n"
         "    if threading.current_thread() is not threading.main_thread():\n"

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from engine.training import prepare, records, train
 from gadcli.metrics.table import METRICS
 from gadcli.train import probe_set
 from gadcli.train.probe_set import PROBE_FILE, probe_metrics
+from train.training import prepare, records, train
 
 # The critic is told apart from noise at any accuracy of .01 or more: the second evaluation's d_acc releases the actor.
 SETTINGS = ["trainer.total_steps=6", "trainer.critic_warmup=5", "trainer.critic_warmup_until=0.01",

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.in_process import begin, process_as_it_was, send_in, to_the_end
-from engine.training import manifest_hashes, records, steps
-from gadcli.engine.manifest import latest_valid, list_checkpoints
+from gadcli.checkpoint.manifest import latest_valid, list_checkpoints
 from gadcli.errors import UnhealthyError
 from gadcli.metrics.health import Alarm
-from gadcli.train import worker
-from gadcli.train.adversarial import train_adversarial
+from gadcli.train import loop, worker
 from gadcli.train.build import build_run
+from gadcli.train.stages import train_adversarial
+from train.in_process import begin, process_as_it_was, send_in, to_the_end
+from train.training import manifest_hashes, records, steps
 
 pytestmark = pytest.mark.usefixtures("left_as_it_was")
 
@@ -79,7 +79,7 @@ def test_a_collapse_with_on_bad_stop_saves_and_ends_with_5(inputs: Path, tmp_pat
     run.records._tell([Alarm(1, "critic/score_diff", "bad", "scores run away", "critic.loss=final")])
     train_adversarial(run)
     with pytest.raises(UnhealthyError, match="scores run away") as stopped:
-        run.finish()
+        loop.finish(run)
     assert stopped.value.exit_code == 5 and stopped.value.hint == "critic.loss=final"
     assert list(steps(run_dir)) == [1] and latest_valid(run_dir, pytest.fail) == run_dir / "global_step_1"
     assert any(r.get("kind") == "alarm" for r in records(run_dir))

@@ -50,7 +50,7 @@ def open_tokenizer(model: str) -> ChatTokenizer:
     folder = Path(model).expanduser()
     if (folder / "tokenizer.json").is_file():
         return ChatTokenizer.from_folder(folder)
-    from gadcli.merge.resolve_model import resolve_model
+    from gadcli.checkpoint.resolve_model import resolve_model
 
     return ChatTokenizer.from_folder(resolve_model(model))
 

@@ -31,11 +31,11 @@ def main(
     """
     import sys
 
+    from gadcli.demo.collapse import COLLAPSES, CollapseDemo
+    from gadcli.demo.run import Demo
     from gadcli.errors import ConfigError
-    from gadcli.train.demo import Demo
-    from gadcli.train.demo_collapse import COLLAPSES, CollapseDemo
-    from gadcli.train.parent_display import say
-    from gadcli.train.parent_folder import move_aside
+    from gadcli.launch.display import say
+    from gadcli.launch.run_folder import move_aside
 
     if collapse and collapse not in COLLAPSES:
         raise ConfigError(f"--collapse is {collapse}", f"collapses on show: {', '.join(COLLAPSES)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from gadcli.merge.to_huggingface import MergeOptions, MergeReport
+    from gadcli.checkpoint.merge.to_huggingface import MergeOptions, MergeReport
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = {
@@ -76,7 +76,7 @@ def main(
         checkpoint = None  # `python -m verl.model_merger merge --backend fsdp …` with the program alone exchanged
     source, target = _one("CHECKPOINT", checkpoint, local_dir), _one("-o DIR", out, target_dir)
     _end_cleanly_on_sigterm()
-    from gadcli.merge.to_huggingface import MergeOptions
+    from gadcli.checkpoint.merge.to_huggingface import MergeOptions
 
     options = MergeOptions(
         base=_base_folder(base), base_name=base or "", dtype=_DTYPES.get(dtype or "", dtype),
@@ -89,8 +89,8 @@ def main(
 
 
 def _merge(source: Path, target: Path, options: MergeOptions, dry_run: bool, quiet: bool) -> list[MergeReport]:
-    from gadcli.merge.pick import models_in
-    from gadcli.merge.to_huggingface import merge_models
+    from gadcli.checkpoint.merge.pick import models_in
+    from gadcli.checkpoint.merge.to_huggingface import merge_models
 
     progress = ProgressLine(sys.stderr, enabled=not quiet)
     try:
@@ -114,7 +114,7 @@ def _base_folder(base: str | None) -> Path | None:
     """The folder of --base; a hub name is looked up (and fetched if need be)."""
     if base is None:
         return None
-    from gadcli.merge.resolve_model import resolve_model
+    from gadcli.checkpoint.resolve_model import resolve_model
 
     folder = Path(base).expanduser()
     return folder if (folder / "config.json").is_file() else resolve_model(base)
@@ -167,7 +167,7 @@ class ProgressLine:
             self._drawn = 0.0 if self._terminal else self._drawn
         if now - self._drawn < self._every and (done < total or not self._terminal):
             return
-        from gadcli.engine.manifest import human_bytes
+        from gadcli.checkpoint.manifest import human_bytes
 
         self._drawn = now
         speed = done / max(now - self._started, 1e-3)
@@ -186,7 +186,7 @@ class ProgressLine:
 
 
 def _print(reports: list[MergeReport], seconds: float, dry_run: bool, as_json: bool) -> None:
-    from gadcli.engine.manifest import human_bytes
+    from gadcli.checkpoint.manifest import human_bytes
 
     for report in reports:
         for note in report.notes:

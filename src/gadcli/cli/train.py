@@ -73,8 +73,8 @@ def stage_command(stage: str) -> Callable[..., int]:
         as_json: JsonOption = False,
         quiet: QuietOption = False,
     ) -> int:
-        from gadcli.train.parent import StageRequest
-        from gadcli.train.parent_cluster import start_stage
+        from gadcli.launch.cluster import start_stage
+        from gadcli.launch.stage import StageRequest
 
         request = StageRequest(
             stage=stage, preset=preset, config_file=config, overrides=tuple(overrides or ()),
@@ -113,8 +113,8 @@ def run(
     quiet: QuietOption = False,
 ) -> int:
     """Run the stages in a row, each fed by the one before; --resume goes on where it stopped."""
-    from gadcli.train.parent import StageRequest
-    from gadcli.train.parent_stages import run_stages
+    from gadcli.launch.pipeline import run_stages
+    from gadcli.launch.stage import StageRequest
 
     request = StageRequest(
         stage="", preset=preset, config_file=config, overrides=tuple(overrides or ()),

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gadcli.engine.environment import ENGINE_VARIABLES, processes_here
 from gadcli.errors import ExitCode, GadError
 from gadcli.evaluate.text import Sample
+from gadcli.launch.environment import ENGINE_VARIABLES, processes_here
 
 REQUEST_FILE = "request.json"
 PLAN_FILE = "rows.json"
@@ -78,7 +78,7 @@ def draw_answers(request: AnswerRequest, progress: Callable[[int, int], None] | 
 
     Blocks while workers run (one a GPU, or one on CPU); they end with this process. Raises the worker's own error.
     """
-    from gadcli.engine.launch import LaunchSpec, Supervisor
+    from gadcli.launch.supervisor import LaunchSpec, Supervisor
 
     folder = Path(tempfile.mkdtemp(prefix="gad-eval-"))
     (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)))
@@ -163,12 +163,12 @@ def work(folder: Path, rank: int) -> None:
     """One rank's share of the answers, written as they come."""
     from transformers import AutoConfig
 
+    from gadcli.checkpoint.resolve_model import resolve_model
     from gadcli.config.schema import DataConfig, FsdpConfig, RolloutConfig
     from gadcli.data.batches import open_dataset
     from gadcli.data.tokenize import eos_id_of, load_tokenizer
-    from gadcli.engine.dist import init_world
-    from gadcli.engine.rollout import build_sampler
-    from gadcli.merge.resolve_model import resolve_model
+    from gadcli.distributed.world import init_world
+    from gadcli.rollout.build import build_sampler
 
     raw = json.loads((folder / REQUEST_FILE).read_text())
     request = AnswerRequest(**{**raw, "files": tuple(raw["files"]), "temperatures": tuple(raw["temperatures"])})
@@ -227,7 +227,7 @@ class Drawn:
 
 
 def _draw(request: AnswerRequest, data: Any, sampler: Any, rows: range) -> Iterator[Drawn]:
-    from gadcli.engine.rollout import Sampling, request_seed
+    from gadcli.rollout.sampler import Sampling, request_seed
 
     for temperature in request.temperatures:
         n = request.n if temperature else 1
@@ -255,8 +255,8 @@ def _records(one: Drawn, tokenizer: Any) -> Iterator[dict[str, Any]]:
 
 def _score(critic: Any, drawn: list[Drawn], path: Path) -> None:
     """All answers through a given discriminator, the teacher's beside each prompt's. One collective call."""
-    from gadcli.engine.layout import Group
     from gadcli.evaluate.given_discriminator import score
+    from gadcli.model.packing import Group
 
     groups = [Group(d.row.prompt_ids, [*(a.ids for a in d.answers), d.row.teacher_ids], d.row.row_id) for d in drawn]
     lines = []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from gadcli.checkpoint.resolve_model import resolve_model
 from gadcli.config.schema import CriticConfig, FsdpConfig, ModelConfig
-from gadcli.engine.critic import Critic
-from gadcli.engine.dist import World
-from gadcli.engine.layout import Group
-from gadcli.engine.models import load_critic, shard
-from gadcli.engine.optim import Optimizer
+from gadcli.distributed.world import World
 from gadcli.errors import ConfigError
-from gadcli.merge.resolve_model import resolve_model
+from gadcli.model.critic import Critic
+from gadcli.model.loading import load_critic, shard
+from gadcli.model.optim import Optimizer
+from gadcli.model.packing import Group
 
 
 def load_discriminator(path: str, values: str, vocabulary: int, dtype: str, world: World) -> Critic:

@@ -11,24 +11,24 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from gadcli.checkpoint.resolve_model import resolve_model
 from gadcli.config.memory import needs_reference
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, count_overlap, open_dataset
 from gadcli.data.order import BatchOrder
 from gadcli.data.tokenize import eos_id_of, load_tokenizer
-from gadcli.engine.actor import Actor, Reference
-from gadcli.engine.critic import Critic
-from gadcli.engine.dist import World, init_world
-from gadcli.engine.models import load_actor, load_critic, resolve_dtype, shard
-from gadcli.engine.optim import Optimizer
-from gadcli.engine.rollout import build_sampler
-from gadcli.engine.sync import make_probe
+from gadcli.distributed.world import World, init_world
 from gadcli.errors import ConfigError, DataError
-from gadcli.merge.resolve_model import resolve_model
+from gadcli.model.actor import Actor, Reference
+from gadcli.model.critic import Critic
+from gadcli.model.loading import load_actor, load_critic, resolve_dtype, shard
+from gadcli.model.optim import Optimizer
+from gadcli.rollout.build import build_sampler
+from gadcli.rollout.weight_sync import make_probe
 from gadcli.train.records import Records
 from gadcli.train.run import Progress, Run
 from gadcli.train.saving import agree_on_checkpoint, restore
-from gadcli.train.stopping import StopFlag
+from gadcli.train.signals import StopFlag
 
 
 def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run:
@@ -237,7 +237,7 @@ def close_run(run: Run) -> None:
 
 def tensors_of(run: Run) -> dict[str, Tensor]:
     """Every model's weights by role and name, whole (collective): for tests and comparisons."""
-    from gadcli.engine.sync import full_tensors
+    from gadcli.rollout.weight_sync import full_tensors
 
     roles = {"actor": run.actor.model} | ({"critic": run.critic.model} if run.maybe_critic is not None else {})
     return {f"{role}/{name}": value for role, model in roles.items() for name, value in full_tensors(model)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gadcli.algo.scores import d_acc
-from gadcli.engine.dist import gather_objects
-from gadcli.engine.layout import Group
+from gadcli.distributed.world import gather_objects
 from gadcli.evaluate.text import Sample, summary
+from gadcli.model.packing import Group
 from gadcli.train.probe_set import (
     Snapshots,
     earlier_answers,
@@ -18,10 +18,8 @@ from gadcli.train.probe_set import (
     sample_held_out,
     share_of_rows,
 )
+from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
-
-if TYPE_CHECKING:
-    from gadcli.train.run import Run
 
 
 def evaluate(run: Run) -> dict[str, float]:

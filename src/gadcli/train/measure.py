@@ -8,7 +8,7 @@ import torch
 
 from gadcli.algo.mean import Mean, extreme_of, mean_of
 from gadcli.data.batches import TokenizedRow
-from gadcli.engine.rows import Rollout
+from gadcli.model.rollout_batch import Rollout
 
 
 def length_metrics(rows: list[TokenizedRow], rollout: Rollout | None, max_response_length: int) -> dict[str, Mean]:

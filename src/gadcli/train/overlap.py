@@ -12,22 +12,11 @@ import functools
 import time
 from dataclasses import dataclass
 
-from gadcli.engine.aside import Aside
-from gadcli.engine.dist import sum_over_ranks
-from gadcli.engine.rows import Rollout
-from gadcli.train.run import Run
+from gadcli.distributed.world import sum_over_ranks
+from gadcli.model.rollout_batch import Rollout
+from gadcli.rollout.side_thread import Aside
+from gadcli.train.run import Ahead, Run
 from gadcli.train.steplog import StepLog
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """A step's answers from before that step, and what is to be said of them in its record."""
-
-    step: int
-    version: int  # updates of the weights that drew them
-    synced_before: int  # the version that the sampler had before it got these weights
-    rollout: Rollout
-    values: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from gadcli.algo.scores import wins
-from gadcli.engine.dist import gather_objects
-from gadcli.engine.rollout import Sampling, request_seed
+from gadcli.data.batches import TokenizedRow
+from gadcli.distributed.world import gather_objects
+from gadcli.model.rollout_batch import Answer
+from gadcli.rollout.sampler import Sampling, request_seed
+from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
-
-if TYPE_CHECKING:
-    from gadcli.data.batches import TokenizedRow
-    from gadcli.engine.rows import Answer
-    from gadcli.train.run import Run
 
 PROBE_FILE = "probe.jsonl"
 PROBE_ROWS = 64  # of the held-out rows, the first ones

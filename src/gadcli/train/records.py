@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gadcli.config.schema import GadConfig
-from gadcli.engine.critic import Scores
-from gadcli.engine.dist import World
-from gadcli.engine.rows import Rollout
+from gadcli.distributed.world import World
 from gadcli.errors import UnhealthyError
 from gadcli.metrics.diagnose import Watch
 from gadcli.metrics.facts import RunFacts
@@ -21,10 +19,9 @@ from gadcli.metrics.record import MetricsWriter, RunLog, write_status
 from gadcli.metrics.reduce import reduce_means
 from gadcli.metrics.samples import drop_after
 from gadcli.metrics.sinks import TensorBoardSink, WandbSink
+from gadcli.model.critic import Scores
+from gadcli.model.rollout_batch import Rollout
 from gadcli.train.steplog import StepLog
-
-if TYPE_CHECKING:
-    from gadcli.train.run import Run
 
 
 class Records:
@@ -104,12 +101,13 @@ class Records:
             f"step {alarm.step}: {alarm.message} (health.on_bad=stop; saved)", alarm.cure or "gad why RUN tells more"
         )
 
-    def train_sample(self, run: Run, rollout: Rollout | None, scores: Scores | None) -> None:
+    def train_sample(
+        self, step: int, decode: Callable[..., str], rollout: Rollout | None, scores: Scores | None
+    ) -> None:
         """One rollout of the step, so that the dashboard shows what is being trained on, and histograms."""
         if self.writer is None or rollout is None or scores is None:
             return
         row, answer = rollout.rows[0], rollout.answers[0][0]
-        decode = run.tokenizer.decode
         sample = {
             "prompt": row.messages[-1]["content"],
             "student": decode(answer.ids, skip_special_tokens=True),
@@ -117,12 +115,12 @@ class Records:
             "student_score": float(scores.student_PG[0, 0]),
             "teacher_score": float(scores.teacher_P[0]),
         }
-        self.writer.samples(run.progress.step, "train", [sample])
+        self.writer.samples(step, "train", [sample])
         for sink in self.sinks:
             if isinstance(sink, TensorBoardSink):
                 lengths = [float(n) for n in rollout.lengths]
                 sink.histograms(
-                    run.progress.step,
+                    step,
                     {
                         "scores/student": scores.student_PG.flatten().tolist(),
                         "scores/teacher": scores.teacher_P.tolist(),

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, TokenizedRow
 from gadcli.data.order import BatchOrder
-from gadcli.engine.accumulate import balanced_share
-from gadcli.engine.actor import Actor, Reference
-from gadcli.engine.background import BackgroundSaver
-from gadcli.engine.critic import Critic, Scores
-from gadcli.engine.dist import World, max_over_ranks, sum_over_ranks
-from gadcli.engine.layout import Group
-from gadcli.engine.rollout import Sampler, Sampling, request_seed
-from gadcli.engine.rows import Rollout
-from gadcli.engine.sync import Probe
-from gadcli.engine.watchdog import WATCHDOG
-from gadcli.train.evaluation import evaluate
-from gadcli.train.measure import host_metrics, length_metrics
+from gadcli.distributed.watchdog import WATCHDOG
+from gadcli.distributed.world import World, sum_over_ranks
+from gadcli.model.actor import Actor, Reference
+from gadcli.model.critic import Critic
+from gadcli.model.micro_batches import balanced_share
+from gadcli.model.packing import Group
+from gadcli.model.rollout_batch import Rollout
+from gadcli.rollout.sampler import Sampler, Sampling, request_seed
+from gadcli.rollout.weight_sync import Probe
+from gadcli.train.async_save import BackgroundSaver
 from gadcli.train.records import Records
-from gadcli.train.saving import collect, save
+from gadcli.train.signals import StopFlag
 from gadcli.train.steplog import StepLog
-from gadcli.train.stopping import StopFlag
-
-if TYPE_CHECKING:
-    from gadcli.train.overlap import Ahead
 
 
 @dataclass
@@ -44,6 +37,17 @@ class Progress:
     last_eval: dict[str, float] = field(default_factory=dict)
     last_eval_step: int = -1
     last_saved_step: int = -1
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A step's answers from before that step, and what is to be said of them in its record."""
+
+    step: int
+    version: int  # updates of the weights that drew them
+    synced_before: int  # the version that the sampler had before it got these weights
+    rollout: Rollout
+    values: dict[str, float]
 
 
 @dataclass
@@ -86,14 +90,6 @@ class Run:
         released = self.progress.released_at
         return step > self.cfg.trainer.critic_warmup or (released is not None and step > released)
 
-    def steps(self) -> Iterator[tuple[int, list[TokenizedRow]]]:
-        """(step from 1, this rank's rows), from after the last save until the end, a stop or the time limit."""
-        while self.progress.step < self.progress.total_steps:
-            step = self.progress.step + 1
-            yield step, self.rows_of(step)
-            if self._asked_to_stop():
-                return
-
     def rows_of(self, step: int) -> list[TokenizedRow]:
         """This rank's rows of a step."""
         rows = [self.train_data[i] for i in self.order.rows(step - 1)]
@@ -106,16 +102,6 @@ class Run:
         return balanced_share(
             tokens, self.world, math.gcd(self.cfg.actor.ppo_mini_batch_size, self.cfg.critic.ppo_mini_batch_size)
         )
-
-    def _asked_to_stop(self) -> bool:
-        """Agreed by all ranks, since a signal, the clock or an alarm may reach one before the others."""
-        limit = self.cfg.trainer.max_time_s
-        out_of_time = bool(limit) and self.progress.train_seconds >= limit
-        self.unhealthy = max_over_ranks(float(self.records.alarm is not None)) > 0
-        asked = max_over_ranks(2.0 if self.stop.number or self.unhealthy else float(out_of_time))
-        if asked == 1.0:
-            self.records.event("note", f"trainer.max_time_s={limit:g} is used up", step=self.progress.step)
-        return asked > 0
 
     def on_phase(self, phase: str, step: int) -> None:
         """A phase begins: for the watchdog of this process and for whoever watches the run."""
@@ -154,60 +140,3 @@ class Run:
         sampling = Sampling.of(self.cfg.rollout, self.cfg.data.max_response_length)
         seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
         return Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))
-
-    def finish_step(
-        self, log: StepLog, rows: list[TokenizedRow], rollout: Rollout | None = None, scores: Scores | None = None
-    ) -> None:
-        """Reduce once, write, evaluate, save."""
-        log.add(length_metrics(rows, rollout, self.cfg.data.max_response_length))
-        self.progress.step = log.step
-        tokens = sum(len(row.prompt_ids) + len(row.teacher_ids) for row in rows)
-        if rollout is not None:
-            tokens += sum(rollout.lengths)
-        seconds = time.monotonic() - log.started
-        # The clock that max_time_s reads must be one for all ranks and survive a resume.
-        self.progress.train_seconds += max_over_ranks(seconds)
-        (all_tokens,) = sum_over_ranks([tokens])
-        log.put("perf/tokens_per_s", all_tokens / seconds)
-        for name, value in host_metrics(self.world.device).items():
-            log.put(name, value)
-        self.records.step(log, epoch=log.step / self.order.steps_per_epoch)
-        self.records.train_sample(self, rollout, scores)
-        self._eval_and_save(log.step)
-
-    def _eval_and_save(self, step: int) -> None:
-        trainer = self.cfg.trainer
-        collect(self)
-        if trainer.test_freq and step % trainer.test_freq == 0:
-            self.evaluate()
-        if (trainer.save_freq and step % trainer.save_freq == 0) or max_over_ranks(
-            float(self.stop.take_save_request())
-        ):
-            save(self)
-
-    def evaluate(self) -> None:
-        """Sample and score the held-out rows, once a step at most; may release the actor (critic_warmup_until)."""
-        if self.val_data is None or self.progress.last_eval_step == self.progress.step:
-            return
-        self.progress.last_eval = evaluate(self)
-        self.progress.last_eval_step = self.progress.step
-        wanted, d_acc = self.cfg.trainer.critic_warmup_until, self.progress.last_eval.get("val/d_acc", 0.0)
-        if wanted and d_acc >= wanted and not self.actor_learns(self.progress.step + 1):
-            self.progress.released_at = self.progress.step
-            self.records.event(
-                "note",
-                f"held-out d_acc {d_acc:.3f} >= {wanted:g}: the actor learns from now on",
-                step=self.progress.step,
-            )
-
-    def finish(self) -> None:
-        """The end of the steps: a last evaluation (unless interrupted) and a last checkpoint.
-
-        Raises UnhealthyError, after saving, where health.on_bad=stop ended the run.
-        """
-        if not self.stop.number and not self.unhealthy:
-            self.evaluate()
-        save(self)
-        collect(self, wait=True)
-        if self.unhealthy:
-            raise self.records.as_error()

@@ -6,19 +6,17 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
-from gadcli.engine.background import host_copy
-from gadcli.engine.checkpoint import load_checkpoint, load_rng, save_checkpoint
-from gadcli.engine.dist import World
-from gadcli.engine.manifest import read_trainer
-from gadcli.engine.state import model_state, optimizer_state, rng_state, set_rng_state
+from gadcli.checkpoint.manifest import read_trainer
+from gadcli.distributed.world import World
+from gadcli.train.async_save import host_copy
+from gadcli.train.checkpoint import load_checkpoint, load_rng, save_checkpoint
+from gadcli.train.model_state import model_state, optimizer_state, rng_state, set_rng_state
+from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
-
-if TYPE_CHECKING:
-    from gadcli.train.run import Run
 
 
 def save(run: Run) -> None:

@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from gadcli.engine.environment import engine_variables
 from gadcli.errors import ExitCode, GadError, PeerError, ResourceError, is_full_disk
+from gadcli.launch.environment import engine_variables
 
 # How torch's CPU allocator and vLLM say it, who have no class for it.
 OUT_OF_MEMORY = (
@@ -78,10 +78,10 @@ def _no_collection() -> Iterator[None]:
 
 def train(run_dir: Path, resume: bool) -> int:
     """Run the stage that DIR/config.yaml describes; returns the number of the signal that stopped it, else 0."""
+    from gadcli.checkpoint.manifest import latest_valid
+    from gadcli.checkpoint.retention import set_aside_newer
     from gadcli.config.resolve import load_resolved
-    from gadcli.engine.manifest import latest_valid
-    from gadcli.engine.retention import set_aside_newer
-    from gadcli.engine.watchdog import WATCHDOG
+    from gadcli.distributed.watchdog import WATCHDOG
 
     cfg = load_resolved(run_dir / "config.yaml")
     skipped: list[str] = []
@@ -91,9 +91,10 @@ def train(run_dir: Path, resume: bool) -> int:
         skipped += [f"renamed it to {path.name}" for path in set_aside_newer(run_dir, resume_from)]
 
     with _no_collection():
-        from gadcli.train.adversarial import train_adversarial
         from gadcli.train.build import build_run, close_run
+        from gadcli.train.loop import evaluate_once, finish
         from gadcli.train.seqkd import train_seqkd
+        from gadcli.train.stages import train_adversarial
 
         run = build_run(cfg, run_dir, resume_from=resume_from)
     for message in skipped:
@@ -102,9 +103,9 @@ def train(run_dir: Path, resume: bool) -> int:
     try:
         WATCHDOG.start(cfg.fsdp.timeout_s, lambda message: _record_hang(run_dir, message))
         if cfg.trainer.val_before_train and run.progress.step == 0:
-            run.evaluate()
+            evaluate_once(run)
         (train_seqkd if cfg.stage == "seqkd" else train_adversarial)(run)
-        run.finish()
+        finish(run)
         ended = (128 + run.stop.number, "interrupted; saved") if run.stop.number else (0, "done")
     except GadError as error:
         ended = (int(error.exit_code), error.message)

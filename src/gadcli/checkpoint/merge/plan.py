@@ -1,0 +1,319 @@
+"""From a checkpoint's tensors to those of the output: names, LoRA fused or kept apart, ties, dtype, shard files."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gadcli.checkpoint.merge.hf_folder import SINGLE
+from gadcli.checkpoint.merge.source import LoraInfo, Source
+from gadcli.checkpoint.merge.tensors import Files, Segments, SourceTensor, read_pieces, read_whole, same_bytes
+from gadcli.checkpoint.safe_unpickle import DTYPES
+from gadcli.errors import CheckpointError
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A LoRA update of one weight: scale * b @ a, with a [rank, in] and b [out, rank]."""
+
+    a: SourceTensor
+    b: SourceTensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor of the output: where its values come from, its name and its dtype (torch's name)."""
+
+    name: str
+    source: SourceTensor
+    dtype: str
+    delta: Delta | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel * DTYPES[self.dtype][1]
+
+
+@dataclass
+class OutFile:
+    """One safetensors file: tensors in order, each at its offset after the header."""
+
+    name: str
+    tensors: list[OutTensor]
+    offsets: list[int] = field(default_factory=list)
+    header: bytes = b""
+
+    def lay_out(self) -> None:
+        """Fills header and offsets. The header is padded to 8 bytes, so that the widest dtype stays aligned."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for tensor in self.tensors:
+            self.offsets.append(at)
+            entries[tensor.name] = {
+                "dtype": DTYPES[tensor.dtype][0],
+                "shape": list(tensor.shape),
+                "data_offsets": [at, at + tensor.nbytes],
+            }
+            at += tensor.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + self.data_bytes
+
+
+@dataclass
+class MergePlan:
+    """What will be written. `notes` are said to the user; `tied` is None when the config's word stands."""
+
+    files: list[OutFile]
+    config: dict[str, Any]
+    critic: bool
+    notes: list[str]
+
+    @property
+    def tensors(self) -> list[OutTensor]:
+        return [t for f in self.files for t in f.tensors]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.nbytes for f in self.files)
+
+    def index_json(self) -> str | None:
+        """The text of model.safetensors.index.json; None for a single file."""
+        if len(self.files) == 1:
+            return None
+        weights = {t.name: f.name for f in self.files for t in f.tensors}
+        total = sum(f.data_bytes for f in self.files)
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}, indent=2)
+
+
+def make_plan(
+    source: Source,
+    config: Mapping[str, Any],
+    files: Files,
+    *,
+    dtype: str | None,
+    max_shard_bytes: int,
+    fuse: bool,
+    lora: LoraInfo | None,
+) -> MergePlan:
+    """Decides everything about the output but its bytes. Raises CheckpointError for what cannot be merged."""
+    notes = list(source.notes)
+    named = dict(source.tensors)
+    deltas = split_lora(named, lora if fuse else None)
+    if not fuse:
+        named, deltas = _adapter_only(source.tensors), {}
+    critic = source.is_critic
+    out_config = dict(config)
+    if fuse:
+        if critic:
+            _critic_names(named)
+            out_config = _critic_config(out_config)
+        else:
+            if not _said_family(out_config):  # vLLM chooses its model class by it
+                out_config |= _architecture(out_config, "ForCausalLM")
+            _drop_tied(named, deltas, out_config, files, notes)
+    tensors = [_out(name, tensor, dtype, deltas.get(name)) for name, tensor in named.items()]
+    if fuse:
+        _say_dtype(out_config, tensors)
+    names = (SINGLE, "model") if fuse else ("adapter_model.safetensors", "adapter_model")
+    return MergePlan(_shards(tensors, max_shard_bytes, names), out_config, critic, notes)
+
+
+def split_lora(named: dict[str, SourceTensor], lora: LoraInfo | None) -> dict[str, Delta]:
+    """Takes adapters out of `named` (in place), gives base layers their plain names; returns deltas by plain name."""
+    adapters = {n for n in named if ".lora_" in n}
+    pairs = sorted(n.removesuffix(_LORA_A) for n in adapters if n.endswith(_LORA_A))
+    odd = adapters - {p + s for p in pairs for s in (_LORA_A, _LORA_B)}
+    if odd:
+        raise CheckpointError(
+            f"{len(odd)} adapter tensors are not plain LoRA of linear layers: {sorted(odd)[0]}",
+            "merge it with peft itself",
+        )
+    found = {n: named.pop(n) for n in adapters}
+    deltas: dict[str, Delta] = {}
+    for name in [n for n in named if ".base_layer." in n or ".original_module." in n or ".modules_to_save." in n]:
+        tensor = named.pop(name)
+        if ".original_module." in name:
+            continue  # the copy under modules_to_save was trained in its place
+        named[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = tensor
+    for pair in pairs if lora is not None else []:
+        assert lora is not None
+        name, a, b = f"{pair}.weight", found[pair + _LORA_A], found.get(pair + _LORA_B)
+        base = named.get(name)
+        if b is None or base is None:
+            what = "base weight" if b is not None else "lora_B"
+            raise CheckpointError(f"{pair}: has lora_A but no {what}", "--base MODEL gives the base's weights")
+        rank = a.shape[0] if len(a.shape) == 2 else 0
+        if base.shape != (b.shape[0], a.shape[-1]) or b.shape != (base.shape[0], rank) or not rank:
+            raise CheckpointError(f"{pair}: LoRA {b.shape} @ {a.shape} does not fit {base.shape}", "not plain LoRA")
+        if lora.rank not in (None, rank):
+            raise CheckpointError(f"{pair}: rank {rank}, but the adapter's config says {lora.rank}", "--lora-alpha A")
+        deltas[name] = Delta(a, b, lora.scale(rank))
+    return deltas
+
+
+def _adapter_only(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """Adapter tensors under the names of a peft adapter file; a critic's head is part of it, being trained whole."""
+    picked = {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name or saved_module(name):
+            plain = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+            picked[f"base_model.model.{plain}"] = tensor
+    return picked
+
+
+def saved_module(name: str) -> str:
+    """The module of a tensor that was trained whole beside an adapter ("score"), "" for any other tensor."""
+    if ".modules_to_save." in name:
+        return name.split(".modules_to_save.")[0].rsplit(".", 1)[-1]
+    return "score" if name in ("score.weight", "score.bias") else ""
+
+
+def _critic_names(named: dict[str, SourceTensor]) -> None:
+    """TRL's value head (`v_head.summary`) under token classification's name; a language head has no place there."""
+    for part in ("weight", "bias"):
+        if f"v_head.summary.{part}" in named:
+            named[f"score.{part}"] = named.pop(f"v_head.summary.{part}")
+            named.pop("lm_head.weight", None)
+    for name in [n for n in named if n.startswith("pretrained_model.")]:
+        named[name.removeprefix("pretrained_model.")] = named.pop(name)
+
+
+def _critic_config(config: dict[str, Any]) -> dict[str, Any]:
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config | _architecture(config, "ForTokenClassification") | {"classifier_dropout": 0.0} | labels
+
+
+def _said_family(config: Mapping[str, Any]) -> str:
+    """ "Llama" of architectures ["LlamaForCausalLM"]; "" where there is no such list."""
+    said = config.get("architectures")
+    return said[0].split("For")[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
+
+
+def _architecture(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """`architectures` for a task: the family the config names, else the model type's; {} where neither is known."""
+    family = _said_family(config) or _FAMILIES.get(str(config.get("model_type")))
+    return {"architectures": [f"{family}{task}"]} if family else {}
+
+
+def _drop_tied(
+    named: dict[str, SourceTensor],
+    deltas: dict[str, Delta],
+    config: dict[str, Any],
+    files: Files,
+    notes: list[str],
+) -> None:
+    head, embedding = named.get("lm_head.weight"), named.get("model.embed_tokens.weight")
+    if head is None or embedding is None or not config.get("tie_word_embeddings"):
+        return
+    changed = "lm_head.weight" in deltas or "model.embed_tokens.weight" in deltas
+    if not changed and same_bytes(files, head, embedding):
+        del named["lm_head.weight"]
+        return
+    config["tie_word_embeddings"] = False
+    notes.append("the head and the embedding are tied in the config but differ here: both written, tie removed")
+
+
+def _out(name: str, tensor: SourceTensor, dtype: str | None, delta: Delta | None) -> OutTensor:
+    target = dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+    if delta is not None and tensor.dtype not in FLOATS:
+        raise CheckpointError(f"{name}: LoRA on {tensor.dtype} weights cannot be fused", "--keep-adapter")
+    return OutTensor(name, tensor, target, delta)
+
+
+def _say_dtype(config: dict[str, Any], tensors: list[OutTensor]) -> None:
+    """The config's dtype is the one most bytes have; transformers 5 calls the key dtype, older ones torch_dtype."""
+    weight: dict[str, int] = {}
+    for tensor in tensors:
+        weight[tensor.dtype] = weight.get(tensor.dtype, 0) + tensor.nbytes
+    floats = {d: n for d, n in weight.items() if d in FLOATS}
+    if floats:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(floats, key=lambda d: floats[d])
+
+
+def _shards(tensors: list[OutTensor], limit: int, names: tuple[str, str]) -> list[OutFile]:
+    """Files of at most `limit` data bytes (a larger tensor alone), widest dtype first so that all stay aligned."""
+    ordered = sorted(tensors, key=lambda t: (-DTYPES[t.dtype][1], t.name))
+    groups: list[list[OutTensor]] = [[]]
+    filled = 0
+    for tensor in ordered:
+        if groups[-1] and filled + tensor.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    if not groups[-1]:
+        raise CheckpointError("the checkpoint holds no tensors", "use another checkpoint")
+    single, stem = names
+    count = len(groups)
+    files = [
+        OutFile(single if count == 1 else f"{stem}-{i:05d}-of-{count:05d}.safetensors", group)
+        for i, group in enumerate(groups, 1)
+    ]
+    for file in files:
+        file.lay_out()
+    return files
+
+
+def is_copy(tensor: OutTensor) -> bool:
+    """Whether the output's bytes are the source's own."""
+    return tensor.delta is None and tensor.dtype == tensor.source.dtype
+
+
+def produce(
+    files: Files, tensor: OutTensor, segments: Segments | None = None, *, check: bool = True
+) -> Iterator[memoryview]:
+    """The output's bytes of one tensor, in pieces: read (`check`: CRCs compared), LoRA added in float32, converted.
+
+    segments: gets (bytes, CRC) of what was produced.
+    """
+    source = tensor.source
+    if is_copy(tensor):
+        yield from read_pieces(files, source, segments, check=check)
+        return
+    size, crc = 0, 0
+    for piece in _computed(files, tensor, check):
+        yield piece
+        if segments is not None:
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    if segments is not None:
+        segments.append((size, crc))
+
+
+def _computed(files: Files, tensor: OutTensor, check: bool) -> Iterator[memoryview]:
+    from gadcli.checkpoint.merge.cast import convert, from_float32, raw_bytes, to_float32
+
+    source, delta = tensor.source, tensor.delta
+    if delta is None:
+        for piece in read_pieces(files, source, check=check):
+            yield convert(piece, source.dtype, tensor.dtype)
+        return
+    a_RI = to_float32(memoryview(read_whole(files, delta.a)), delta.a.dtype).reshape(delta.a.shape)
+    b_OR = to_float32(memoryview(read_whole(files, delta.b)), delta.b.dtype).reshape(delta.b.shape)
+    row = 0
+    for piece in read_pieces(files, source, check=check):
+        base = to_float32(piece, source.dtype).reshape(-1, source.shape[1])
+        update = (b_OR[row : row + len(base)] @ a_RI) * delta.scale
+        update += base
+        row += len(base)
+        yield raw_bytes(from_float32(update.reshape(-1), tensor.dtype))

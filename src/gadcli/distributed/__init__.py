@@ -1,0 +1,1 @@
+"""Process group, FSDP and collectives."""

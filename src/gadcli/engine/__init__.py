@@ -1,1 +1,0 @@
-"""Processes, models, sampler and checkpoints: everything a stage runs on. Imports nothing by itself."""

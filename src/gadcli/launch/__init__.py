@@ -1,0 +1,1 @@
+"""Before and around the workers: preparing a run, starting, watching and ending its processes. No torch."""

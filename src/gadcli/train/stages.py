@@ -1,0 +1,111 @@
+"""Stages warmup and gad, which are one loop: the critic learns at every step, the actor once it is released.
+
+Shapes: P prompts on this rank, G answers a prompt, B = P*G rows, T the longest answer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gadcli.algo.advantages import group_advantages
+from gadcli.algo.kl import kl_in_reward
+from gadcli.data.batches import TokenizedRow
+from gadcli.model.critic import Scores
+from gadcli.model.rollout_batch import Rollout, teacher_groups
+from gadcli.train.loop import finish_step, steps
+from gadcli.train.overlap import begin_drawing, end_drawing, take_ahead
+from gadcli.train.probe_set import keep_start
+from gadcli.train.run import Run
+from gadcli.train.steplog import StepLog
+
+
+def train_adversarial(run: Run) -> None:
+    """Roll out, score, judge within groups, update the critic, then (if released) the actor."""
+    learn = learn_and_draw_ahead if run.cfg.trainer.overlap else learn_from
+    for step, rows in steps(run):
+        log = StepLog(step, run.on_phase)
+        rollout = take_ahead(run, step, log) or roll_out_now(run, rows, log)
+        scores = learn(run, rollout, log)
+        finish_step(run, log, rows, rollout, scores)
+
+
+def roll_out_now(run: Run, rows: list[TokenizedRow], log: StepLog) -> Rollout:
+    with log.phase("sync"):
+        run.sync_sampler(log.step, log)  # rollouts come from today's weights, and that is proved
+    keep_start(run, log.step, log)  # what later students are compared with
+    with log.phase("rollout"):
+        return run.roll_out(rows, log.step, log)
+
+
+def learn_from(run: Run, rollout: Rollout, log: StepLog) -> Scores:
+    """The critic's update, whose own pass gives the scores; then the actor's."""
+    with log.phase("critic"):
+        scores, critic_log = run.critic.score_and_update(rollout)  # scores from before this update
+        log.add(critic_log)
+    if run.actor_learns(log.step):
+        with log.phase("actor"):
+            update_actor(run, rollout, scores.student_PG, log)
+    else:
+        log_spread(run, scores.student_PG, log)
+    return scores
+
+
+def learn_and_draw_ahead(run: Run, rollout: Rollout, log: StepLog) -> Scores:
+    """The same two updates, the actor's first; its new weights answer the next step's prompts beside the critic's.
+
+    Neither update reads what the other writes, so this is what `learn_from` does. The scores must be there before:
+    where the whole rollout is one mini-batch of the critic, they cost a forward pass that it does without.
+    """
+    log.values.setdefault("rollout/staleness", float(run.actor.optimizer.updates - run.synced_step))
+    learns, sft = run.actor_learns(log.step), run.cfg.actor.objective == "sft"
+    scores = None
+    if learns and not sft:
+        with log.phase("critic"):
+            scores = run.critic.score_pairs(rollout)
+        with log.phase("actor"):
+            update_actor(run, rollout, scores.student_PG, log)
+    elif learns:
+        with log.phase("actor"):
+            log.add(run.actor.sft_update(teacher_groups(rollout.rows)))
+    drawing = begin_drawing(run, log.step + 1, log)
+    with log.phase("critic"):
+        if scores is None:
+            scores, critic_log = run.critic.score_and_update(rollout)
+            log_spread(run, scores.student_PG, log)
+        else:
+            critic_log = run.critic.update(rollout)
+        log.add(critic_log)
+    if drawing is not None:
+        run.ahead = end_drawing(run, drawing, log)
+    return scores
+
+
+def log_spread(run: Run, scores_PG: torch.Tensor, log: StepLog) -> None:
+    """The advantages of a step in which nobody learns from them: logged all the same."""
+    algorithm = run.cfg.algorithm
+    log.add(group_advantages(scores_PG, algorithm.adv_estimator, sigma_min=algorithm.sigma_min)[1])
+
+
+def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepLog) -> None:
+    """By its own samples and their scores, or (objective sft, the paper's warm-up) by the teacher's text."""
+    cfg = run.cfg
+    if cfg.actor.objective == "sft":
+        log_spread(run, scores_PG, log)
+        log.add(run.actor.sft_update(teacher_groups(rollout.rows)))
+        return
+    old_BT = ref_BT = None
+    kl_coef = cfg.algorithm.kl_ctrl.kl_coef if cfg.algorithm.use_kl_in_reward else 0.0
+    if kl_coef:
+        old_BT = run.actor.logprobs(rollout.student_groups(), rollout.width)
+    elif run.several_mini_batches:
+        old_BT = run.actor.old_logprobs(rollout)
+    if run.reference is not None:
+        ref_BT = run.actor.logprobs(rollout.student_groups(), rollout.width, reference=run.reference)
+    rewards_PG = scores_PG
+    if kl_coef and old_BT is not None and ref_BT is not None:
+        rewards_B, kl_log = kl_in_reward(scores_PG.flatten(), old_BT, ref_BT, rollout.mask_BT(), kl_coef)
+        rewards_PG = rewards_B.view_as(scores_PG)
+        log.add(kl_log)
+    advantages_PG, spread = group_advantages(rewards_PG, cfg.algorithm.adv_estimator, sigma_min=cfg.algorithm.sigma_min)
+    log.add(spread)
+    log.add(run.actor.update(rollout, advantages_PG, old_BT, ref_BT))
