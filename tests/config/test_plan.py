@@ -182,26 +182,6 @@ def test_a_sleeping_sampler_leaves_training_its_share_and_waits_in_host_memory()
     assert asleep.host_ram - awake.host_ram == pytest.approx(8 * asleep.sampler_weights)
 
 
-@pytest.mark.parametrize(("device", "said"), [("cpu", True), ("cuda", False)])
-def test_the_plan_says_that_overlap_gains_nothing_on_cpus(device: str, said: bool) -> None:
-    lines = plan("gad", "demo", "trainer.overlap=true", device=device).unusual
-    assert any("share the cores" in line for line in lines) == said
-    assert not any("share the cores" in line for line in plan("gad", "demo", device=device).unusual)
-
-
-def test_drawing_beside_the_critics_update_adds_what_a_rollout_takes() -> None:
-    """transformers makes its cache and logits in each rollout; vLLM's cache is there at all times."""
-    shape = model_shape(QWEN3_8B)
-    peaks = {}
-    for engine in ("hf", "vllm"):
-        for overlap in ("false", "true"):
-            cfg = resolve("gad", "chengla-8b", overrides=[f"trainer.overlap={overlap}"]).config
-            peaks[engine, overlap] = estimate(cfg, Setting("cuda", engine, 8, shape, shape, 79.6))
-    assert peaks["vllm", "true"].training_peak == peaks["vllm", "false"].training_peak
-    assert peaks["hf", "true"].training_peak > peaks["hf", "false"].training_peak + GIB
-    assert peaks["hf", "true"].rollout_peak == peaks["hf", "false"].rollout_peak
-
-
 def test_seqkd_without_held_out_rows_has_no_sampler() -> None:
     without, with_rows = memory("seqkd"), memory("seqkd", "data.val_rows=16")
     assert without.sampler_weights == without.kv_cache == 0 and with_rows.sampler_weights > 0

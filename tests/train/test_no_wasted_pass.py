@@ -17,7 +17,7 @@ import torch
 from gadcli.model.rollout_batch import Rollout
 from gadcli.train.build import close_run
 from gadcli.train.run import Run
-from gadcli.train.stages import learn_and_draw_ahead, learn_from, roll_out_now
+from gadcli.train.stages import learn_from, roll_out
 from gadcli.train.steplog import StepLog
 from train.in_process import begin
 
@@ -49,9 +49,9 @@ def tokens(rollout: Rollout, prompts: list[int], *, teacher: bool = False) -> in
 def one_step(run: Run, step: int = 1) -> tuple[Rollout, Counted, Counted]:
     """(answers, the student's passes, the critic's passes) of the learning of one step."""
     log = StepLog(step)
-    rollout = roll_out_now(run, run.rows_of(step), log)
+    rollout = roll_out(run, run.rows_of(step), log)
     actor, critic = Counted(run.actor.model), Counted(run.critic.model)
-    (learn_and_draw_ahead if run.cfg.trainer.overlap else learn_from)(run, rollout, log)
+    learn_from(run, rollout, log)
     run.progress.step = step
     return rollout, actor, critic
 
@@ -92,7 +92,7 @@ def test_with_several_mini_batches_only_those_behind_the_first_are_looked_at_bef
 def test_old_logprobs_are_those_from_before_the_first_update_in_every_mini_batch(inputs: Path, tmp_path: Path) -> None:
     """The second mini-batch is off-policy in its first pass: its ratio is not 1, where a pass then would say 1."""
     run = begin(tmp_path / "run", inputs, *SMALL, "actor.ppo_mini_batch_size=2", "actor.optim.lr=1e-2")
-    rollout = roll_out_now(run, run.rows_of(1), StepLog(1))
+    rollout = roll_out(run, run.rows_of(1), StepLog(1))
     before = run.actor.logprobs(rollout.student_groups(), rollout.width)
     old = run.actor.old_logprobs(rollout)
     rows = len(FIRST) * len(rollout.answers[0])
@@ -142,16 +142,4 @@ def test_while_the_critic_learns_alone_no_pass_of_the_student_is_made_and_no_wei
     _, actor, critic = one_step(run, step=2)
     assert actor.looking == actor.learning == []
     assert critic.looking == [] and len(critic.learning) == 1
-    close_run(run)
-
-
-@pytest.mark.parametrize("stage", ["warmup", "gad"])
-def test_overlap_looks_at_the_first_mini_batch_before_its_update_only_where_the_student_learns_from_scores(
-    stage: str, inputs: Path, tmp_path: Path
-) -> None:
-    warmup = f"trainer.critic_warmup={2 if stage == 'warmup' else 0}"
-    run = begin(tmp_path / "run", inputs, *SMALL, warmup, "trainer.overlap=true", stage=stage)
-    rollout, _, critic = one_step(run)
-    pairs = [tokens(rollout, ALL, teacher=True)]
-    assert critic.learning == pairs and critic.looking == ([] if stage == "warmup" else pairs)
     close_run(run)

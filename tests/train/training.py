@@ -95,7 +95,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 def steps(run_dir: Path) -> dict[int, dict[str, float]]:
     """Metrics by step, without what depends on the clock and the machine."""
     found = {r["step"]: r["metrics"] for r in records(run_dir) if r["type"] == "step"}
-    volatile = ("timing_s/", "perf/", "rollout/tokens_per_s", "rollout/hidden_s")
+    volatile = ("timing_s/", "perf/", "rollout/tokens_per_s")
     return {step: {k: v for k, v in m.items() if not k.startswith(volatile)} for step, m in found.items()}
 
 

@@ -155,25 +155,6 @@ class Checker:
             fits = max(n for n in range(1, size) if heads % n == 0 and here % n == 0)
             self.fail(key, f"{key} is {size}, which does not divide the student's {heads} heads", f"{key}={fits}")
 
-    def overlap(self) -> None:
-        """Drawing beside the critic's update takes a critic, and a sampler that needs nobody else meanwhile."""
-        cfg, key = self.cfg, "trainer.overlap"
-        if not cfg.trainer.overlap:
-            return
-        if cfg.stage == "seqkd":
-            message = "trainer.overlap draws answers while the critic learns, and seqkd has no critic"
-            self.fail(key, message, "trainer.overlap=false (it is for the warmup and gad stages)")
-        if cfg.rollout.sleep:
-            message = (
-                "trainer.overlap samples while training goes on, and rollout.sleep takes its memory away meanwhile"
-            )
-            self.fail(key, message, "rollout.sleep=false, or trainer.overlap=false")
-        if cfg.rollout.tensor_parallel_size > 1:
-            message = (
-                "trainer.overlap needs a sampler a process: one that spans ranks talks between them, as training does"
-            )
-            self.fail(key, message, "rollout.tensor_parallel_size=1, or trainer.overlap=false")
-
     def unsupported(self) -> None:
         """Settings that nothing would act on, or that would act wrongly: refused, not ignored."""
         cfg = self.cfg
@@ -308,7 +289,6 @@ def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None
     checker.lengths()
     checker.trainer()
     checker.tensor_parallel()
-    checker.overlap()
     checker.unsupported()
     checker.roles()
     checker.layers()

@@ -340,8 +340,7 @@ def _peaks(
             resident += copied
     updates = [actor.updating]
     if critic is not None:
-        beside = sampler.rollout_only if cfg.trainer.overlap else 0
-        updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0) + beside)
+        updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
     sleeps = cfg.rollout.sleep and on_gpu
     host += sampler.weights if sleeps else 0
     largest_tensor = setting.student.embedding_params * FP32

@@ -339,10 +339,6 @@ def make_plan(
     free = dict(free_gb or {})
     steps = count_steps(cfg, rows) if rows is not None else None
     found += unusual(cfg, steps)
-    if cfg.trainer.overlap and device == "cpu":
-        found.append(
-            "trainer.overlap on CPUs: sampler and critic share the cores, and no gain was seen there; it is for GPUs"
-        )
     memory = None
     elsewhere: list[Holding] = []
     if student and (critic or not has_critic):

@@ -230,7 +230,6 @@ class TrainerConfig:
     critic_warmup_until: float = opt(
         0.0, "end the critic-only phase early at this held-out d_acc; 0 goes by steps", min=0, max=1
     )
-    overlap: bool = opt(False, "draw the next step's answers while the critic learns from this one's; same results")
     save_freq: int = opt(0, "steps between checkpoints; 0 saves at the end only", min=0)
     async_save: str = opt(
         "auto",

@@ -146,7 +146,7 @@ def layout() -> dict[str, dict[str, list[Any]]]:
             "time": ["timing_s/.*"],
             "throughput": ["perf/tokens_per_s", "rollout/tokens_per_s"],
             "memory": ["perf/rss_gb", "perf/gpu_gb"],
-            "sampler": ["rollout/logp_diff_.*", "rollout/sync_probe", "rollout/staleness"],
+            "sampler": ["rollout/logp_diff_.*", "rollout/sync_probe"],
         },
     }  # fmt: skip
     return {group: {title: ["Multiline", tags] for title, tags in pairs[group].items()} for group in GROUPS}

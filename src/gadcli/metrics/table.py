@@ -260,8 +260,6 @@ _ROWS: tuple[Metric, ...] = (
     ),
     Metric("rollout/logp_diff_max", "nats", "engine", "largest |log-prob of trainer - of sampler|", "max"),
     Metric("rollout/sync_probe", "nats", "engine", "probe difference after the weight sync", "max"),
-    Metric("rollout/staleness", "updates", "engine", "of the actor since its weights drew these answers", "max"),
-    Metric("rollout/hidden_s", "s", "engine", "of drawing the next step's answers beside the critic's update", "last"),
     Metric("timing_s/step", "s", "engine", "wall time of a step", "max", headline=True),
     Metric("perf/tokens_per_s", "tokens/s", "engine", "trained and sampled tokens a second", "last", headline=True),
     Metric("perf/mfu", "share", "engine", "model FLOPs utilisation", "last"),

@@ -69,26 +69,12 @@ class Critic:
         pass of their own is made for the others alone.
         """
         batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
-        others = self._score_others(rollout, batches)
+        prompts = [prompt for batch in batches[1:] for prompt in batch]
+        others = self.score(rollout.select(prompts).pair_groups()) if prompts else []
         seen, metrics = self._learn(rollout, batches)
         if others:
             seen[len(batches[0]) :] = torch.stack(others)
         return Scores.of(seen), metrics
-
-    def score_pairs(self, rollout: Rollout) -> Scores:
-        """The scores alone, in the same passes: for those who need them before the update is made."""
-        batches = mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world)
-        first = self.score(rollout.select(batches[0]).pair_groups())
-        return Scores.of(torch.stack(first + self._score_others(rollout, batches)))
-
-    def _score_others(self, rollout: Rollout, batches: list[list[int]]) -> list[Tensor]:
-        """Scores of the prompts behind the first mini-batch."""
-        prompts = [prompt for batch in batches[1:] for prompt in batch]
-        return self.score(rollout.select(prompts).pair_groups()) if prompts else []
-
-    def update(self, rollout: Rollout) -> Metrics:
-        """The update alone, where the scores were had before."""
-        return self._learn(rollout, mini_batches(len(rollout.rows), self.cfg.ppo_mini_batch_size, self.world))[1]
 
     def _learn(self, rollout: Rollout, batches: list[list[int]]) -> tuple[Tensor, Metrics]:
         """One update a mini-batch; each pair's scores as its own update saw them."""

@@ -39,17 +39,6 @@ class Progress:
     last_saved_step: int = -1
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """A step's answers from before that step, and what is to be said of them in its record."""
-
-    step: int
-    version: int  # updates of the weights that drew them
-    synced_before: int  # the version that the sampler had before it got these weights
-    rollout: Rollout
-    values: dict[str, float]
-
-
 @dataclass
 class Run:
     """One stage in training. `critic`, `reference` and `sampler` exist where the stage needs them."""
@@ -71,7 +60,6 @@ class Run:
     reference: Reference | None = None
     maybe_critic: Critic | None = None
     synced_step: int = -1
-    ahead: Ahead | None = None  # the next step's answers, where trainer.overlap has drawn them already
     unhealthy: bool = False
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
 
@@ -125,18 +113,13 @@ class Run:
         return self.synced_step != self.actor.optimizer.updates
 
     def roll_out(self, rows: list[TokenizedRow], step: int, log: StepLog) -> Rollout:
-        """`rollout.n` answers to each prompt."""
+        """`rollout.n` answers to each prompt, from seeds that the run's seed, the step and the row alone decide."""
         assert self.sampler is not None
         start = time.monotonic()
-        rollout = self.draw(rows, step)
+        sampling = Sampling.of(self.cfg.rollout, self.cfg.data.max_response_length)
+        seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
+        rollout = Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))
         self.sampler.rest()
         (tokens,) = sum_over_ranks([sum(rollout.lengths)])
         log.put("rollout/tokens_per_s", tokens / max(time.monotonic() - start, 1e-9))
         return rollout
-
-    def draw(self, rows: list[TokenizedRow], step: int) -> Rollout:
-        """Answers from seeds that only run seed, step and row decide, whenever and beside whatever they are drawn."""
-        assert self.sampler is not None
-        sampling = Sampling.of(self.cfg.rollout, self.cfg.data.max_response_length)
-        seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
-        return Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))

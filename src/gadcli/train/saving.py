@@ -69,8 +69,7 @@ def _state_of(run: Run) -> dict[str, Any]:
             "data_fingerprint": run.train_data.fingerprint,
             "seed": run.cfg.trainer.seed,
             "batch_size": run.cfg.data.train_batch_size,
-            # Answers drawn ahead are not saved: a resumed run syncs and draws them anew, as if neither had been.
-            "synced_updates": run.synced_step if run.ahead is None else run.ahead.synced_before,
+            "synced_updates": run.synced_step,
         },
         "rng": rng_state(run.world.device),
         "assets": {name: _writer_of_assets(run, name, role.model) for name, role in roles.items()},

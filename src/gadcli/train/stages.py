@@ -13,7 +13,6 @@ from gadcli.data.batches import TokenizedRow
 from gadcli.model.critic import Scores
 from gadcli.model.rollout_batch import Rollout, teacher_groups
 from gadcli.train.loop import finish_step, steps
-from gadcli.train.overlap import begin_drawing, end_drawing, take_ahead
 from gadcli.train.probe_set import keep_start
 from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
@@ -21,15 +20,14 @@ from gadcli.train.steplog import StepLog
 
 def train_adversarial(run: Run) -> None:
     """Roll out, score, judge within groups, update the critic, then (if released) the actor."""
-    learn = learn_and_draw_ahead if run.cfg.trainer.overlap else learn_from
     for step, rows in steps(run):
         log = StepLog(step, run.on_phase)
-        rollout = take_ahead(run, step, log) or roll_out_now(run, rows, log)
-        scores = learn(run, rollout, log)
+        rollout = roll_out(run, rows, log)
+        scores = learn_from(run, rollout, log)
         finish_step(run, log, rows, rollout, scores)
 
 
-def roll_out_now(run: Run, rows: list[TokenizedRow], log: StepLog) -> Rollout:
+def roll_out(run: Run, rows: list[TokenizedRow], log: StepLog) -> Rollout:
     with log.phase("sync"):
         run.sync_sampler(log.step, log)  # rollouts come from today's weights, and that is proved
     keep_start(run, log.step, log)  # what later students are compared with
@@ -47,36 +45,6 @@ def learn_from(run: Run, rollout: Rollout, log: StepLog) -> Scores:
             update_actor(run, rollout, scores.student_PG, log)
     else:
         log_spread(run, scores.student_PG, log)
-    return scores
-
-
-def learn_and_draw_ahead(run: Run, rollout: Rollout, log: StepLog) -> Scores:
-    """The same two updates, the actor's first; its new weights answer the next step's prompts beside the critic's.
-
-    Neither update reads what the other writes, so this is what `learn_from` does. The scores must be there before:
-    where the whole rollout is one mini-batch of the critic, they cost a forward pass that it does without.
-    """
-    log.values.setdefault("rollout/staleness", float(run.actor.optimizer.updates - run.synced_step))
-    learns, sft = run.actor_learns(log.step), run.cfg.actor.objective == "sft"
-    scores = None
-    if learns and not sft:
-        with log.phase("critic"):
-            scores = run.critic.score_pairs(rollout)
-        with log.phase("actor"):
-            update_actor(run, rollout, scores.student_PG, log)
-    elif learns:
-        with log.phase("actor"):
-            log.add(run.actor.sft_update(teacher_groups(rollout.rows)))
-    drawing = begin_drawing(run, log.step + 1, log)
-    with log.phase("critic"):
-        if scores is None:
-            scores, critic_log = run.critic.score_and_update(rollout)
-            log_spread(run, scores.student_PG, log)
-        else:
-            critic_log = run.critic.update(rollout)
-        log.add(critic_log)
-    if drawing is not None:
-        run.ahead = end_drawing(run, drawing, log)
     return scores
 
 
