@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gadcli.config.schema import FsdpConfig
 from gadcli.distributed.cpu_matmul import choose_products
-from gadcli.distributed.shm_collectives import Exchange
 from gadcli.errors import ConfigError
 
 
@@ -26,7 +25,6 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
-    exchange: Exchange | None = None  # between the CPU ranks that models are sharded over, where they share a machine
 
     @property
     def is_main(self) -> bool:
@@ -68,9 +66,7 @@ def init_world(device: str, fsdp: FsdpConfig) -> World:
     else:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     torch_device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
-    shards = mesh.get_group("shard")
-    exchange = Exchange.between(shards) if kind == "cpu" and shards.size() > 1 else None
-    return World(rank, size, torch_device, mesh, exchange)
+    return World(rank, size, torch_device, mesh)
 
 
 def sum_over_ranks(values: Iterable[float]) -> list[float]:

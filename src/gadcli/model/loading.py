@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 
 from gadcli.config.memory import gathers_once, is_sharded, reshards
 from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
-from gadcli.distributed.shm_collectives import use_exchange
 from gadcli.distributed.world import World
 from gadcli.errors import ConfigError
 from gadcli.model.attention import SHARED, SHARED_PLAIN
@@ -195,8 +194,6 @@ def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, 
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    if world.exchange is not None:
-        use_exchange(model, world.exchange)
     for method in ("answer_logprobs", "answer_values", "answer_values_and_embeds"):
         if hasattr(model, method):
             as_forward(model, method)
