@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gadcli.errors import CheckpointError, ResourceError
+from gadcli.files import write_atomic
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
@@ -92,29 +93,9 @@ def check_disk(folder: Path, need: int, what: str, hint: str) -> None:
         raise ResourceError(f"disk full: {what} in {folder}: need {human_bytes(need)}, have {human_bytes(free)}", hint)
 
 
-def fsync_path(path: Path) -> None:
-    """Forces a file or a folder's entries to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces `path` by `text` so that a crash leaves the old file or the new one, never a torn one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """MANIFEST.json of a finished folder, on disk when this returns."""
-    write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
+    write_atomic(folder / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n", durable=True)
 
 
 def safe_relative(name: object, where: str) -> str:

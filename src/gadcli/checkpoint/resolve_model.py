@@ -6,7 +6,6 @@ folder under a lock and renamed, so that ranks and runs that ask at once share o
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import os
@@ -15,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gadcli.checkpoint.embedded_model import embedded_or
@@ -23,6 +21,7 @@ from gadcli.checkpoint.manifest import MANIFEST, latest_valid, read_manifest, st
 from gadcli.checkpoint.merge.hf_folder import check_folder, read_json
 from gadcli.config.machine import cache_folder
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
+from gadcli.files import locked
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -136,20 +135,12 @@ def _folder_key(folder: Path) -> str:
     return _fingerprint(repr(s).encode() for s in [str(folder.resolve()), *stats])
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def _converted(name: str, convert: Callable[[Path], None], say: Say, what: str) -> Path:
     """The cached conversion `name`, made by `convert(target)` if it is not there yet."""
     target = cache_folder() / "models" / name
     if (target / "config.json").is_file():
         return target
-    with _locked(target.with_name(target.name + ".lock")):
+    with locked(target.with_name(target.name + ".lock")):
         if not (target / "config.json").is_file():
             say(f"converting {what} (once) into {target}")
             for left in target.parent.glob(f".{glob.escape(name)}.tmp-*"):  # of a conversion that was killed

@@ -7,8 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-from gadcli.checkpoint.manifest import fsync_path, list_checkpoints, read_manifest, step_of
+from gadcli.checkpoint.manifest import list_checkpoints, read_manifest, step_of
 from gadcli.errors import CheckpointError, ConfigError
+from gadcli.files import fsync_path
 
 # Metrics of which less is better; of all others (rouge_l, exact_match, d_acc …) more is.
 _LESS_IS_BETTER = ("loss", "perplexity", "ppl", "kl", "length_auc")

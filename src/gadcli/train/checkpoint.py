@@ -49,18 +49,17 @@ from gadcli.checkpoint.manifest import (
     FileEntry,
     Manifest,
     check_disk,
-    fsync_path,
     hash_file,
     human_bytes,
     read_manifest,
     step_folder,
     verify,
-    write_durably,
     write_manifest,
 )
 from gadcli.checkpoint.retention import check_keep_last, prune, remove_leftovers
 from gadcli.distributed.together import FAILURES, current_group, on_rank0, rank_and_world, together
 from gadcli.errors import CheckpointError, GadError, ResourceError, is_full_disk
+from gadcli.files import fsync_path, write_atomic
 
 _SLACK = 64 << 20  # bytes asked for beyond the tensors: zip headers, config, tokenizer, the file system's own
 
@@ -243,7 +242,7 @@ def _commit(run_dir: Path, folder: Path, final: Path, manifest: Manifest) -> Non
         raise CheckpointError(f"{final} appeared while saving: another run writes here", "give this run its own name")
     os.rename(folder, final)
     fsync_path(run_dir)
-    write_durably(run_dir / LATEST, f"{manifest.step}\n")
+    write_atomic(run_dir / LATEST, f"{manifest.step}\n", durable=True)
 
 
 class _SafeReader(dcp.FileSystemReader):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gadcli.checkpoint.manifest import check_disk, fsync_path, human_bytes
+from gadcli.checkpoint.manifest import check_disk, human_bytes
 from gadcli.checkpoint.merge import assets
 from gadcli.checkpoint.merge.base import base_tensors
 from gadcli.checkpoint.merge.expected import compare, expected_shapes
@@ -25,6 +25,7 @@ from gadcli.checkpoint.merge.tensors import Files, check_storage, unchecked_stor
 from gadcli.checkpoint.merge.verl import is_verl, read_verl
 from gadcli.checkpoint.merge.write import Stopped, Written, run_all, sync_and_check, write_all
 from gadcli.errors import CheckpointError, ConfigError, ResourceError, is_full_disk
+from gadcli.files import fsync_path
 
 DEFAULT_SHARD = 5_000_000_000
 _SLACK = 32 << 20
