@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -326,31 +326,59 @@ def test_22_a_decompression_bomb_ends_in_exit_6_and_bounded_memory(tmp_path: Pat
         assert int(done.stdout.split()[-1]) < 200_000  # kB; unfolding it takes 320 and more
 
 
-def test_22_repeats_of_a_huge_dictionary_entry_stream_in_small_chunks(tmp_path: Path) -> None:
+def chunks_of(path: str) -> Iterator[Any]:
     from gadcli.data.files import FileInfo, inspect
-    from gadcli.data.reading import WORST_CHUNK_BYTES, read_chunks
+    from gadcli.data.reading import read_chunks
+
+    info = inspect(path, "content", "teacher_response")
+    assert isinstance(info, FileInfo)
+    return read_chunks(info, ("content", "teacher_response"))
+
+
+def test_22_repeats_of_a_huge_dictionary_entry_stream_in_small_chunks(tmp_path: Path) -> None:
+    """Ordinary data: long documents, each in many rows. The footer knows 400 kB of it, unfolded it is 400 MB."""
+    from gadcli.data.reading import CHUNK_BYTES
 
     path = tmp_path / "repeats.parquet"
     table = pa.table({"content": [user("q")] * 1000, "teacher_response": pa.array(["x" * 400_000] * 1000)})
     pq.write_table(table, path)
     assert path.stat().st_size < 50_000
-    info = inspect(str(path), "content", "teacher_response")
-    assert isinstance(info, FileInfo)
-    sizes = [len(c.content) for c in read_chunks(info, ("content", "teacher_response"))]  # type: ignore[union-attr]
+    sizes = [len(c.content) for c in chunks_of(str(path))]
     assert sum(sizes) == 1000
-    assert max(sizes) * 400_000 <= WORST_CHUNK_BYTES
+    assert max(sizes) * 400_000 <= CHUNK_BYTES
 
 
-def test_23_a_row_group_larger_than_a_chunk_streams(write: Write, tmp_path: Path) -> None:
-    from gadcli.data.files import inspect
-    from gadcli.data.reading import CHUNK_BYTES, read_chunks
-
-    rows = [(user(f"{i} " * 5000), f"{i} " * 5000) for i in range(400)]  # about 14 MB in one row group
-    path = write(rows, row_group_size=400, use_dictionary=False)
+def test_23_a_row_group_is_never_held_whole(write: Write, tmp_path: Path) -> None:
+    """48 MB that do not compress, in one row group as pyarrow writes up to a million rows."""
+    text = np.random.default_rng(1).integers(97, 123, 20_000 * 60, dtype=np.uint8).tobytes().decode()
+    rows = [(user(f"q{i}"), text[20_000 * (i % 59) + i % 97 :][:20_000]) for i in range(2400)]
+    path = write(rows, use_dictionary=False, compression="none", write_batch_size=64)  # pages of 1.3 MB
     assert pq.read_metadata(path).num_row_groups == 1
-    chunks = list(read_chunks(inspect(path, "content", "teacher_response"), ("content", "teacher_response")))  # type: ignore[arg-type]
-    assert len(chunks) > 3
-    assert max(c.teacher.nbytes for c in chunks) < CHUNK_BYTES  # type: ignore[union-attr]
+    code = (
+        "import sys; from gadcli.cli.app import run; code = run(sys.argv[1:]); import pyarrow;"
+        "print(pyarrow.default_memory_pool().max_memory()); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "check", path, "--batch-size", "2400"], capture_output=True, text=True,
+        timeout=60, env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 24 << 20
+
+
+def test_23_rows_longer_than_their_footer_says_are_decoded_fewer_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8,000 short rows, then 1,000 that repeat one text of 100 kB: none is lost or doubled by the second attempt."""
+    from gadcli.data import reading
+
+    path = tmp_path / "a.parquet"
+    answers = [f"a{i}" for i in range(8000)] + ["x" * 100_000] * 1000
+    pq.write_table(pa.table({"content": [user(f"q{i}") for i in range(9000)], "teacher_response": answers}), path)
+    monkeypatch.setattr(reading, "DECODE_ALLOWANCE", 48 << 20)
+    chunks = list(chunks_of(str(path)))
+    assert [c.first_row for c in chunks] == np.cumsum([0, *(len(c.content) for c in chunks[:-1])]).tolist()
+    assert [a for c in chunks for a in c.teacher.to_pylist()] == answers
 
 
 def test_24_files_that_store_a_column_differently_are_said_and_strict_fails(write: Write, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Files as a stream of chunks: memory is bounded by the chunk, never by the file, whatever the file declares.
 
-Torch-free. What a parquet file declares is looked at before anything is decoded, the number of rows a chunk
-takes follows from it, and while Arrow decodes, the process may grow by a fixed allowance only.
+Torch-free. The footer's sizes give the number of rows decoded at once; while Arrow decodes, the process may grow by a
+fixed allowance only. Where that is not enough (long texts that a dictionary repeats), fewer rows are decoded at once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ import pyarrow.parquet as pq
 from gadcli.data.arrays import whole_numbers
 from gadcli.data.files import FileInfo, JsonFault, json_lines, parse_line
 from gadcli.data.findings import Finding
-from gadcli.data.parquet_pages import Column, PageError, chunk_pages, read_columns
 from gadcli.data.rows import RawChunk
 from gadcli.errors import ResourceError
 
 CHUNK_ROWS = 8192
-CHUNK_BYTES = 4 << 20  # what a chunk should hold of the two columns
-WORST_CHUNK_BYTES = 64 << 20  # what it may hold if every value were the longest one declared
-MAX_PAGE_BYTES = 128 << 20  # DuckDB writes pages of up to 100 MB, everyone else of about 1 MB
-DECODE_ALLOWANCE = 768 << 20
+CHUNK_BYTES = 4 << 20  # what a chunk should hold
+DECODE_ALLOWANCE = 192 << 20  # memory that decoding a chunk may take before it is tried with fewer rows
+LAST_ALLOWANCE = 768 << 20  # and for one row: DuckDB writes pages of up to 100 MB, everyone else of about 1 MB
 
 
 def read_chunks(
@@ -34,54 +32,78 @@ def read_chunks(
 ) -> Iterator[RawChunk | Finding]:
     """The file's rows in order, as chunks of at most `most_rows`; a Finding stands where a row group cannot be decoded.
 
-    Raises ResourceError where a page or a row would not fit in memory.
+    Raises ResourceError where a row does not fit in memory.
     """
     if info.kind == "jsonl":
         yield from _read_jsonl(info, columns, most_rows, with_extras)
         return
     try:
-        with pq.ParquetFile(info.path, buffer_size=1 << 20, page_checksum_verification=True) as file:
+        # Pre-buffering would hold a row group's columns whole.
+        with pq.ParquetFile(info.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
             first_row = 0
-            wanted = tuple(file.schema_arrow.names) if with_extras else columns
-            pages = read_columns(info.path, wanted)
-            if len(pages) != file.metadata.num_row_groups:
-                raise PageError("the footer's row groups cannot be read")
             for group in range(file.metadata.num_row_groups):
-                yield from _read_group(file, info, columns, group, first_row, with_extras, most_rows, pages[group])
+                yield from _read_group(file, info, columns, group, first_row, with_extras, most_rows)
                 first_row += file.metadata.row_group(group).num_rows
-    except (pa.ArrowException, OSError, PageError) as error:
+    except (pa.ArrowException, OSError) as error:
         yield Finding("file_unreadable", info.path, f"cannot be read: {_short(error)}")
 
 
 def _read_group(
     file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int, first_row: int, with_extras: bool,
     most_rows: int,
-    pages: list[Column],
 ) -> Iterator[RawChunk | Finding]:  # fmt: skip
-    row = first_row
-    wanted = None if with_extras else list(columns)
+    row, rows = first_row, file.metadata.row_group(group).num_rows
     try:
-        size = min(chunk_rows(info.path, group, file.metadata.row_group(group).num_rows, pages), most_rows)
-        batches = file.iter_batches(batch_size=size, row_groups=[group], columns=wanted, use_threads=False)
-        while True:
-            with bounded_memory(f"{info.path}, row group {group}"):
-                batch = next(batches, None)
-            if batch is None:
-                break
-            for column in batch.columns:
-                check_dictionaries(column)
-            content, teacher = (batch.column(batch.schema.get_field_index(c)) for c in columns)
-            yield RawChunk(info.path, group, row, content, teacher, batch if with_extras else None)
-            row += batch.num_rows
-    except MemoryError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, PageError) as error:
+        for batch in _batches(file, info.path, group, None if with_extras else list(columns), most_rows):
+            for start, length in _slices(batch):
+                part = batch.slice(start, length)
+                content, teacher = (part.column(part.schema.get_field_index(c)) for c in columns)
+                yield RawChunk(info.path, group, row, content, teacher, part if with_extras else None)
+                row += length
+    except (pa.ArrowException, OSError, ValueError) as error:
         yield Finding("page_corrupt", info.path, f"row group {group} cannot be decoded: {_short(error)}", group)
         return
-    missing = file.metadata.row_group(group).num_rows - (row - first_row)
-    if missing:
-        message = f"row group {group} declares {missing} more rows than it holds"
+    if row - first_row != rows:
+        message = f"row group {group} declares {rows - row + first_row} more rows than it holds"
         yield Finding("page_corrupt", info.path, message, group)
+
+
+def _batches(
+    file: pq.ParquetFile, path: str, group: int, columns: list[str] | None, most_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """A row group decoded within the allowance: a sixteenth of the rows at once whenever they need more.
+
+    The footer gives the mean size of a row, so most groups need one attempt.
+    """
+    metadata = file.metadata.row_group(group)  # its columns are not asked: pyarrow aborts on some damaged footers
+    size = max(1, min(most_rows, max(16, CHUNK_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1))))
+    done = 0
+    while True:
+        batches = file.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False)
+        seen = 0
+        try:
+            while True:
+                with bounded_memory(DECODE_ALLOWANCE if size > 1 else LAST_ALLOWANCE):
+                    batch = next(batches, None)
+                    if batch is None:
+                        return
+                    for column in batch.columns:
+                        check_dictionaries(column)
+                seen += batch.num_rows
+                if seen > done:
+                    yield batch.slice(batch.num_rows - (seen - done))
+                    done = seen
+        except MemoryError:
+            if size == 1:
+                message = f"{path}, row group {group}: decoding row {done} of it takes over {LAST_ALLOWANCE >> 20} MB"
+                raise ResourceError(f"{message}: a decompression bomb", "check where the file comes from") from None
+            size = max(1, size // 16)
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[tuple[int, int]]:
+    """Starts and lengths of parts that hold about CHUNK_BYTES each."""
+    step = max(1, CHUNK_BYTES * batch.num_rows // max(batch.nbytes, 1))
+    return ((start, min(step, batch.num_rows - start)) for start in range(0, batch.num_rows, step))
 
 
 def check_dictionaries(array: pa.Array) -> None:
@@ -101,30 +123,11 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 
-def chunk_rows(path: str, group: int, rows: int, columns: list[Column]) -> int:
-    """How many rows of a row group may be decoded at once. Raises ResourceError if a page is too large."""
-    size, worst = 0, 0.0
-    with open(path, "rb") as raw:
-        for column in columns:
-            pages = chunk_pages(raw.fileno(), column, entry_matters_from=WORST_CHUNK_BYTES // CHUNK_ROWS)
-            if pages.largest_page > MAX_PAGE_BYTES:
-                raise ResourceError(
-                    f"{path}: row group {group}, column {column.path}: a page of {pages.largest_page:,} bytes, packed "
-                    f"into {column.packed_bytes:,}: a decompression bomb",
-                    f"pages may hold {MAX_PAGE_BYTES:,} bytes; write the file again if it is meant to be so",
-                )
-            size += column.plain_bytes
-            worst += column.num_values / max(rows, 1) * max(pages.mean_value_bytes, pages.largest_entry)
-    by_size = CHUNK_BYTES * max(rows, 1) // max(size, 1)
-    by_worst = int(WORST_CHUNK_BYTES / max(worst, 1.0))
-    return max(1, min(CHUNK_ROWS, max(by_size, 16), by_worst))
-
-
 @contextmanager
-def bounded_memory(what: str) -> Iterator[None]:
-    """Let the process grow by DECODE_ALLOWANCE and no further; beyond it ResourceError, not the OOM killer.
+def bounded_memory(allowance: int) -> Iterator[None]:
+    """Let the process grow by `allowance` bytes and no further; beyond it MemoryError, not the OOM killer.
 
-    Headers bound what a page holds, but not how often one row may repeat a long dictionary entry.
+    A footer bounds what a column holds, but not how often its rows repeat a long dictionary entry, and it may lie.
     Only Linux counts anonymous memory against RLIMIT_DATA; elsewhere this changes nothing.
     """
     if not os.path.exists("/proc/self/statm"):
@@ -133,15 +136,12 @@ def bounded_memory(what: str) -> Iterator[None]:
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[5]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = used + DECODE_ALLOWANCE
+    limit = used + allowance
     if soft != resource.RLIM_INFINITY:
         limit = min(limit, soft)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     try:
         yield
-    except MemoryError:
-        message = f"{what}: decoding a few rows takes over {DECODE_ALLOWANCE >> 20} MB: a decompression bomb"
-        raise ResourceError(message, "check where the file comes from") from None
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
