@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,16 @@ MAX_TOKENS = 10
 PROMPTS = [[7, 8, 9, 10, 11, 12], [20, 21], [33, 34, 35, 36]]
 SEEDS = [101, 202, 303]
 SAMPLING = Sampling(4, TEMPERATURE, 1.0, -1, MAX_TOKENS)
+# What a model's folder may ask of whoever samples from it; each entry would change draws, lengths or ends.
+HOSTILE = {
+    "do_sample": True, "repetition_penalty": 1.5, "temperature": 0.3, "top_k": 3, "top_p": 0.5, "min_p": 0.3,
+    "bad_words_ids": [[40], [41, 42]], "suppress_tokens": list(range(50, 90)), "begin_suppress_tokens": [90, 91],
+    "forced_bos_token_id": 5, "forced_eos_token_id": 1, "no_repeat_ngram_size": 1, "max_length": 9,
+    "min_new_tokens": 3, "sequence_bias": [[[100], -9.0]], "exponential_decay_length_penalty": [1, 2.0],
+    "eos_token_id": list(range(1, 120)), "stop_strings": ["e"], "num_return_sequences": 3, "num_beams": 1,
+}  # fmt: skip
+DRAWS = 1500
+SPREADS = (Sampling(DRAWS, 1.0, 1.0, -1, 1), Sampling(DRAWS, 0.7, 0.8, -1, 1), Sampling(DRAWS, 1.3, 1.0, 20, 1))
 
 
 def drawn_ids(sampler: Sampler, prompts: list[list[int]], seeds: list[int]) -> list[list[list[int]]]:
@@ -57,6 +69,31 @@ def check_draws(make: Callable[[int], Sampler], actor: Actor) -> dict[str, Any]:
     ended = ending.generate(PROMPTS, SAMPLING, SEEDS)
     found["with_eos"] = [[a.ids for a in group] for group in ended]
     found["finished"] = [[a.finished for a in group] for group in ended]
+    return found
+
+
+def make_hostile(folder: Path) -> Path:
+    """The folder with a generation_config.json that asks for everything."""
+    (folder / "generation_config.json").write_text(json.dumps(HOSTILE))
+    return folder
+
+
+def check_frequencies(sampler: Sampler) -> list[dict[str, float]]:
+    """Many draws of one token under several samplings: Pearson's statistic against the log-probs that came with them.
+
+    Tokens that are expected ten times or more stand alone, all others together: {"chi2", "freedom", "mass"}. `mass`
+    is what the distinct tokens drawn add up to by their log-probs: at most 1.
+    """
+    found = []
+    for sampling in SPREADS:
+        (answers,) = sampler.generate([PROMPTS[0]], sampling, [SEEDS[0]])
+        logp = {answer.ids[0]: answer.logps[0] for answer in answers}
+        counts = Counter(answer.ids[0] for answer in answers)
+        cells = [(counts[token], DRAWS * math.exp(p)) for token, p in logp.items() if DRAWS * math.exp(p) >= 10]
+        rest = DRAWS - sum(seen for seen, _ in cells), DRAWS - sum(expected for _, expected in cells)
+        cells += [rest] if rest[1] > 1 else []
+        chi2 = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+        found.append({"chi2": chi2, "freedom": len(cells) - 1, "mass": sum(map(math.exp, logp.values()))})
     return found
 
 
@@ -161,9 +198,11 @@ def main() -> None:
     kept = kept and torch.equal(torch.get_rng_state(), before[1])
     actor = build_actor(world, path)
     draws = check_draws(make, actor)
+    frequencies = check_frequencies(make(1))
     sync = check_sync(make(1), actor, build_actor(world, path, lora=4))
     second = check_second_sync(make(1), partly_trained(world, path))
-    out.write_text(json.dumps({"draws": draws, "sync": sync, "second": second, "environment_kept": kept}))
+    found = {"draws": draws, "frequencies": frequencies, "sync": sync, "second": second, "environment_kept": kept}
+    out.write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # native libraries sometimes abort in their own teardown
 

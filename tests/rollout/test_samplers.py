@@ -3,7 +3,8 @@
 Semantics pinned here: a prompt's seed alone decides its answers, whatever else is in the batch; the answers of one
 prompt differ; EOS is part of an answer that ended, and an answer cut at max_tokens is not finished; log-probs are those
 of the actor at the sampling temperature; after `load` the sampler runs the actor's weights, and the probe says so
-with figures when it does not.
+with figures when it does not. In all of these tests the folder's generation_config.json asks for penalties, warpers and
+ends of its own, and gets none.
 """
 
 from __future__ import annotations
@@ -32,13 +33,23 @@ from rollout.sampler_checks import (
     PROMPTS,
     SEEDS,
     check_draws,
+    check_frequencies,
     check_second_sync,
     check_sync,
+    make_hostile,
     partly_trained,
 )
+from tiny import write_tiny_model
 from train.training import environment
 
+Z = 5.0  # standard deviations: a correct sampler is beyond them once in 3.5 million
 LOGP = 2e-5  # float32, another order of summation
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama whose generation_config.json would change every draw."""
+    return str(make_hostile(write_tiny_model(tmp_path_factory.mktemp("hostile"))))
 
 
 def hf(world: World, path: str, cls: type[HfSampler] = HfSampler, eos: int = 1) -> HfSampler:
@@ -66,6 +77,15 @@ def assert_draws(found: dict[str, Any]) -> None:
     assert finished[0] and not all(finished)
 
 
+def assert_frequencies(found: list[dict[str, float]]) -> None:
+    """Pearson's statistic is below its quantile at Z by Wilson and Hilferty: (X / k)^(1/3) is nearly normal, of mean
+    1 - 2 / 9k and variance 2 / 9k."""
+    for one in found:
+        k = one["freedom"]
+        assert k >= 5 and one["mass"] < 1 + 1e-4
+        assert one["chi2"] < k * (1 - 2 / (9 * k) + Z * (2 / (9 * k)) ** 0.5) ** 3
+
+
 def assert_sync(found: dict[str, Any]) -> None:
     """What holds for any sampler's weights (see `sampler_checks.check_sync`)."""
     assert found["after_load"] < 1e-4
@@ -82,16 +102,34 @@ def test_transformers_draws_by_seed_alone(world: World, model_path: str) -> None
 
 
 def test_draws_from_the_global_generator_would_be_caught(world: World, model_path: str) -> None:
-    mutant = mutated("rollout.hf_sampler", "exponential_(generator=generator)", "exponential_()").HfSampler
+    mutant = mutated("rollout.hf_sampler", "exponential_(generator=g)", "exponential_()").HfSampler
     found = check_draws(lambda eos: hf(world, model_path, mutant, eos), build_actor(world, model_path))
     assert found["again"] != found["ids"]
     assert found["alone"] != found["ids"]
 
 
-def test_logprobs_at_another_temperature_would_be_caught(world: World, model_path: str) -> None:
-    mutant = mutated("rollout.hf_sampler", "1.0 if greedy else sampling.temperature", "1.0").HfSampler
-    found = check_draws(lambda eos: hf(world, model_path, mutant, eos), build_actor(world, model_path))
-    assert found["logp_difference"] > 1000 * LOGP
+def test_transformers_draws_as_often_as_its_logprobs_say(world: World, model_path: str) -> None:
+    assert_frequencies(check_frequencies(hf(world, model_path)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("generation_config=GenerationConfig()", "generation_config=None"),  # the folder's word reaches the rollout
+        ("scores.float() / self.temperature", "scores.float()"),  # logits that were not divided
+        ("logits_BV.gather(1, drawn_B1) - logits_BV.logsumexp", "scores.gather(1, drawn_B1) - scores.logsumexp"),
+    ],
+)
+def test_draws_of_another_distribution_would_be_caught(world: World, model_path: str, old: str, new: str) -> None:
+    sampler = hf(world, model_path, mutated("rollout.hf_sampler", old, new).HfSampler)
+
+    def check() -> None:
+        assert_frequencies(check_frequencies(sampler))
+        found = check_draws(lambda eos: sampler, build_actor(world, model_path))
+        assert found["logp_difference"] < LOGP
+
+    with pytest.raises((AssertionError, ValueError)):
+        check()
 
 
 def test_transformers_runs_the_weights_it_was_given(world: World, model_path: str) -> None:
@@ -158,6 +196,7 @@ def test_vllm_draws_by_seed_alone_and_runs_the_weights_it_was_given(model_path: 
     assert (tmp_path / "found").exists(), done.stderr[-3000:]
     found = json.loads((tmp_path / "found").read_text())
     assert_draws(found["draws"])
+    assert_frequencies(found["frequencies"])
     assert_sync(found["sync"])
     assert max(found["second"].values()) < 1e-4 and len(found["second"]) == 3
     assert found["environment_kept"]

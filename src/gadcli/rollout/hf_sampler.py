@@ -1,10 +1,10 @@
-"""Rollouts through transformers' generate, on a whole copy of the model: slower, and runs wherever torch does."""
+"""Rollouts with transformers' generate, on a full copy of the model: slower than vLLM, and runs wherever torch does."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -23,34 +23,33 @@ from gadcli.rollout.weight_sync import changing_names, full_tensors
 class SeededDraw(LogitsProcessor):
     """Turns greedy decoding into sampling whose draws depend on each prompt's own seed, not on its batch.
 
-    The largest of logits / temperature + Gumbel noise is a sample of their softmax (the Gumbel-max trick).
+    The largest of logits / temperature + Gumbel noise is a sample of their softmax (the Gumbel-max trick); without
+    noise (temperature 0) it is the greedy token. `logps` keeps, for each step, the log-probs [B] of what was drawn,
+    under the distribution it was drawn from: tempered, and cut by top_k and top_p.
     """
 
     def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device) -> None:
         self.sampling = sampling
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
-        top_k = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
-        top_p = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        self.temperature = sampling.temperature or 1.0
+        greedy = sampling.temperature == 0
+        top_k = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 and not greedy else []
+        top_p = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 and not greedy else []
         self.warpers = LogitsProcessorList([*top_k, *top_p])
+        self.logps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits_BV = self.warpers(input_ids, scores.float() / self.sampling.temperature)
+        WATCHDOG.beat()  # a rollout is one call that may take long: each token is progress
+        logits_BV = self.warpers(input_ids, scores.float() / self.temperature)
+        noised_BV = logits_BV - self._exponential(logits_BV).log() if self.sampling.temperature else logits_BV
+        drawn_B1 = noised_BV.argmax(-1, keepdim=True)  # what `generate` takes, too
+        self.logps.append((logits_BV.gather(1, drawn_B1) - logits_BV.logsumexp(-1, keepdim=True))[:, 0])
+        return noised_BV
+
+    def _exponential(self, logits_BV: torch.Tensor) -> torch.Tensor:
         shape = (self.sampling.n, logits_BV.shape[1])
-        exponential = torch.cat(
-            [
-                torch.empty(shape, device=logits_BV.device).exponential_(generator=generator)
-                for generator in self.generators
-            ]
-        )
-        return logits_BV - exponential.log()
-
-
-class Heartbeat(LogitsProcessor):
-    """Changes nothing; tells the watchdog that another token was drawn."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        WATCHDOG.beat()
-        return scores
+        draws = [torch.empty(shape, device=logits_BV.device).exponential_(generator=g) for g in self.generators]
+        return torch.cat(draws)
 
 
 class HfSampler(Sampler):
@@ -62,7 +61,11 @@ class HfSampler(Sampler):
         self, cfg: RolloutConfig, model_path: str, world: World, eos_ids: list[int], dtype: torch.dtype
     ) -> None:
         self.cfg, self.world, self.eos_ids = cfg, world, eos_ids
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
+        # The folder's generation_config.json (penalties, warpers, ends of its own) must not reach a rollout: answers
+        # are draws of softmax(logits / T), or their log-probs would be another distribution's.
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, attn_implementation="sdpa", generation_config=GenerationConfig()
+        )
         self.model.to(world.device).eval()
         self._held: nn.Module | None = None  # whose weights we have
 
@@ -94,30 +97,19 @@ class HfSampler(Sampler):
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        greedy = sampling.temperature == 0
-        draws = [] if greedy else [SeededDraw(sampling, seeds, self.world.device)]
+        draw = SeededDraw(sampling, seeds, self.world.device)
         rows = [i for i in range(len(prompts)) for _ in range(sampling.n)]
-        out = self.model.generate(
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=self.eos_ids, pad_token_id=self.eos_ids[0]
+        )
+        out_BL = self.model.generate(
             ids[rows].to(self.world.device),
             attention_mask=mask[rows].to(self.world.device),
-            do_sample=False,
-            logits_processor=LogitsProcessorList([Heartbeat(), *draws]),
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=self.eos_ids,
-            pad_token_id=self.eos_ids[0],
-            output_logits=True,
-            return_dict_in_generate=True,
-            use_cache=True,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([draw]),
         )
-        drawn = out.sequences[:, longest:].cpu()
-        temperature = 1.0 if greedy else sampling.temperature
-        logits_BTV = torch.stack(out.logits, dim=1)
-        logp_BT = torch.stack(
-            [
-                torch.log_softmax(row.float() / temperature, -1).gather(1, tokens.to(row.device)[:, None])[:, 0]
-                for row, tokens in zip(logits_BTV, drawn, strict=True)
-            ]
-        ).cpu()
+        drawn = out_BL[:, longest:].cpu()
+        logp_BT = torch.stack(draw.logps, dim=1).cpu()
         flat = []
         for tokens, logp in zip(drawn.tolist(), logp_BT.tolist(), strict=True):
             kept, finished = cut_at_eos(tokens, self.eos_ids)

@@ -14,7 +14,10 @@ from gadcli.model.rollout_batch import Answer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: `n` answers a prompt of at most `max_tokens`, at `temperature` (0 is greedy)."""
+    """How to sample: `n` answers per prompt of at most `max_tokens`, at `temperature` (0 is greedy).
+
+    This alone shapes the distribution: a model folder's generation_config.json has no say.
+    """
 
     n: int
     temperature: float
@@ -44,13 +47,17 @@ class Sampler(ABC):
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
-        """`sampling.n` answers for each prompt. `seeds[i]` alone decides prompt i's draws where the engine allows."""
+        """`sampling.n` answers for each prompt. `seeds[i]` alone decides prompt i's draws where the engine allows.
+
+        An answer's log-probs are those of the distribution it was drawn from: logits / temperature, cut by top_k and
+        top_p. It ends with any of the sampler's `eos_ids`, which is part of it.
+        """
 
     @abstractmethod
     def logprobs(self, ids: list[int]) -> list[float]:
         """Log-prob of each token of `ids` but the first, at temperature 1."""
 
-    def rest(self) -> None:  # noqa: B027  samplers that hold no memory to give back have nothing to do
+    def sleep(self) -> None:  # noqa: B027  samplers that hold no memory to give back have nothing to do
         """Sampling is over for this step: give memory back until the next call (rollout.sleep)."""
 
     @abstractmethod

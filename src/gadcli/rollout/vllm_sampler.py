@@ -56,7 +56,7 @@ class VllmSampler(Sampler):
             arguments = _engine_arguments(cfg, model_path, world, dtype, seed)
             self.llm: Any = LLM(**arguments, load_format="auto" if weights else "dummy")
         self.eos_ids = eos_ids
-        self._team = _my_team(cfg.tensor_parallel_size, world)
+        self._tp = _tp_group(cfg.tensor_parallel_size, world)
         self._may_sleep, self._asleep = cfg.sleep, False
         self._held: nn.Module | None = None  # whose weights we have: of that model we load what training moves
         self._beat_at_each_step()
@@ -72,7 +72,7 @@ class VllmSampler(Sampler):
 
         engine.step = step_and_beat
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         if self._may_sleep and not self._asleep:
             self.llm.sleep(level=1)  # level 2 would lose weights that a critic-only step does not send again
             self._asleep = True
@@ -105,13 +105,13 @@ class VllmSampler(Sampler):
         self._held = model
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
-        if self._team is None:
+        if self._tp is None:
             return self._generate(prompts, sampling, seeds)
         # Ranks that share an engine must ask it for the same, in the same order; each keeps its own answers.
-        asked: list[Any] = [None] * dist.get_world_size(self._team)
-        dist.all_gather_object(asked, (prompts, seeds), group=self._team)
+        asked: list[Any] = [None] * dist.get_world_size(self._tp)
+        dist.all_gather_object(asked, (prompts, seeds), group=self._tp)
         answers = self._generate([p for ps, _ in asked for p in ps], sampling, [s for _, ss in asked for s in ss])
-        first = sum(len(ps) for ps, _ in asked[: dist.get_rank(self._team)])
+        first = sum(len(ps) for ps, _ in asked[: dist.get_rank(self._tp)])
         return answers[first : first + len(prompts)]
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
@@ -127,6 +127,7 @@ class VllmSampler(Sampler):
                 max_tokens=sampling.max_tokens,
                 seed=seed if sampling.temperature else None,
                 stop_token_ids=self.eos_ids,
+                ignore_eos=True,  # vLLM would add the ids of generation_config.json: ours are the only ends
                 logprobs=0,
                 detokenize=False,
             )
@@ -152,7 +153,7 @@ class VllmSampler(Sampler):
         del self.llm
 
 
-def _my_team(size: int, world: World) -> Any:
+def _tp_group(size: int, world: World) -> Any:
     """The process group of the ranks that share this rank's engine, as vLLM pairs them: `size` consecutive ones."""
     if size == 1:
         return None

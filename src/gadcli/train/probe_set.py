@@ -37,7 +37,7 @@ def sample_held_out(run: Run, rows: Sequence[TokenizedRow]) -> list[Answer]:
     sampling = Sampling.of(run.cfg.rollout, run.cfg.data.max_response_length, n=1)
     seeds = [request_seed(EVAL_SEED, 0, row.row_id) for row in rows]
     answers = [group[0] for group in run.sampler.generate([row.prompt_ids for row in rows], sampling, seeds)]
-    run.sampler.rest()
+    run.sampler.sleep()
     return answers
 
 

@@ -119,7 +119,7 @@ class Run:
         sampling = Sampling.of(self.cfg.rollout, self.cfg.data.max_response_length)
         seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
         rollout = Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))
-        self.sampler.rest()
+        self.sampler.sleep()
         (tokens,) = sum_over_ranks([sum(rollout.lengths)])
         log.put("rollout/tokens_per_s", tokens / max(time.monotonic() - start, 1e-9))
         return rollout
