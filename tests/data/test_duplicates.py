@@ -11,67 +11,37 @@ import numpy as np
 import pytest
 
 from gadcli.data import duplicates
-from gadcli.data.duplicates import Repeats, smallest
+from gadcli.data.duplicates import DuplicateCounter, smallest
 
 
-@pytest.mark.parametrize("in_memory", [10, 1000, 10**9])
-def test_repeats_are_counted_alike_wherever_they_are_kept(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "IN_MEMORY", in_memory)
-    rng = np.random.default_rng(3)
-    hashes = rng.integers(0, 2**63, 3000, dtype=np.uint64)
-    hashes[2000:2200] = hashes[:200]
-    hashes[2990] = hashes[2000]  # a third time
-    with Repeats() as repeats:
-        for start in range(0, 3000, 100):
-            repeats.add(hashes[start : start + 100], start)
-        count, examples = repeats.result(examples=10**6)
-        # 200 second occurrences and one third; each names the row before it.
-        assert count == 201
-        assert len(examples) == 201
-        assert examples[0] == (2000, 0)
-        assert examples[-1] == (2990, 2000)
-        with Repeats() as other:
-            other.add(np.append(hashes[:3], np.uint64(2**64 - 1)), 0)
-            found = np.sort(np.concatenate(list(repeats.shared_with(other))))
-        assert found.tolist() == [0, 1, 2, 2000, 2001, 2002, 2990]
-
-
-@pytest.mark.parametrize("part_entries", [1, 7, 10**6])
-def test_parts_too_large_to_sort_are_divided_and_one_hash_may_fill_many(
-    part_entries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against a plain count, with hashes that differ in their last bit alone and one that most rows have."""
-    monkeypatch.setattr(duplicates, "IN_MEMORY", 50)
-    monkeypatch.setattr(duplicates, "PART_BYTES", part_entries * duplicates.ENTRY.itemsize)
+@pytest.mark.parametrize("at_once", [7, 100, 1 << 20])
+def test_repeats_and_overlap_are_those_of_a_plain_count(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory and from a file; with hashes that differ in their last bit alone, and one that a third of rows have."""
+    monkeypatch.setattr(duplicates, "SORTED_AT_ONCE", at_once)
     rng = np.random.default_rng(5)
     hashes = rng.integers(0, 2**64, 300, dtype=np.uint64)
     hashes[::3] = 2**64 - 1
     hashes[1::30] = 2**64 - 2
     hashes[200] = hashes[2]
+    rows = np.arange(1000, 1600, 2)  # ids with gaps, as dropped rows leave
     asked = np.array([2**64 - 1, int(hashes[4]), 17], np.uint64)
-    with Repeats(tmp_path) as repeats, Repeats(tmp_path) as other:
+    with DuplicateCounter() as counter, DuplicateCounter() as other:
         for start in range(0, 300, 60):
-            repeats.add(hashes[start : start + 60], start)
-        other.add(asked, 0)
+            counter.add(hashes[start : start + 60], rows[start : start + 60])
+        other.add(asked, np.arange(3))
         before: dict[int, int] = {}
         expected = []
-        for row, value in enumerate(hashes.tolist()):
+        for row, value in zip(rows.tolist(), hashes.tolist(), strict=True):
             if value in before:
                 expected.append((row, before[value]))
             before[value] = row
-        count, examples = repeats.result(examples=10**6)
-        assert count == len(expected) and set(examples) <= set(expected)
-        if part_entries > 1:
-            assert (200, 2) in examples
-        if part_entries > 300:
-            assert len(examples) == len(expected)
-        for mine, theirs, rows in (
-            (repeats, other, np.flatnonzero(np.isin(hashes, asked))),
-            (other, repeats, np.array([0, 1])),
-        ):
-            found = np.concatenate(list(mine.shared_with(theirs)))
-            assert np.sort(found).tolist() == rows.tolist()
-    assert list(tmp_path.iterdir()) == []  # nothing is left on disk
+        assert counter.result(examples=10**6) == (len(expected), expected)
+        count, few = counter.result(examples=5)  # reading is repeatable, and adding may go on after it
+        assert (count, len(few)) == (len(expected), 5) and set(few) <= set(expected)
+        for mine, theirs, ids in ((counter, other, rows[np.isin(hashes, asked)]), (other, counter, np.array([0, 1]))):
+            assert np.sort(np.concatenate(list(mine.shared_with(theirs)))).tolist() == ids.tolist()
+        counter.add(hashes[7:8], np.array([1600]))
+        assert counter.result()[0] == len(expected) + 1
 
 
 def test_a_full_disk_under_the_parts_is_told_as_one_and_where(tmp_path: Path) -> None:
@@ -80,12 +50,12 @@ def test_a_full_disk_under_the_parts_is_told_as_one_and_where(tmp_path: Path) ->
         "import resource, signal, sys, numpy as np\n"
         "from pathlib import Path\n"
         "from gadcli.data import duplicates\n"
-        "duplicates.IN_MEMORY = 1000\n"
+        "duplicates.SORTED_AT_ONCE = 100\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "with duplicates.Repeats(Path(sys.argv[1])) as repeats:\n"
+        "with duplicates.DuplicateCounter(Path(sys.argv[1])) as counter:\n"
         "    try:\n"
-        "        for i in range(100): repeats.add(np.arange(1000, dtype=np.uint64) << np.uint64(54), 1000 * i)\n"
+        "        for i in range(100): counter.add(np.zeros(1000, np.uint64), np.arange(1000))\n"
         "    except OSError as error: print(error.errno, error.filename)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -22,10 +22,9 @@ from gadcli.data.check import (
     scan_rows,
     tokenise,
 )
-from gadcli.data.duplicates import Repeats
+from gadcli.data.duplicates import DuplicateCounter, row_hashes
 from gadcli.data.files import FileInfo
 from gadcli.data.findings import Finding, Summary
-from gadcli.data.hashing import hash_rows
 from gadcli.data.reading import CHUNK_ROWS
 from gadcli.data.rows import RowBatch
 from gadcli.data.tokenize import ChatTokenizer
@@ -61,8 +60,8 @@ def audit(
     summary = Summary(sink=sink)
     infos = open_files(patterns, spec.keys, summary)
     with ExitStack() as stack:
-        repeats = stack.enter_context(Repeats())
-        prompts = stack.enter_context(Repeats()) if spec.val else None
+        repeats = stack.enter_context(DuplicateCounter())
+        prompts = stack.enter_context(DuplicateCounter()) if spec.val else None
         writer = None
         if spec.fix and spec.out is not None:
             writer = stack.enter_context(CleanWriter(spec.out, infos, spec.keys))
@@ -81,8 +80,8 @@ def _scan(
     spec: CheckSpec,
     summary: Summary,
     progress: Progress | None,
-    repeats: Repeats,
-    prompts: Repeats | None,
+    repeats: DuplicateCounter,
+    prompts: DuplicateCounter | None,
     writer: CleanWriter | None,
 ) -> list[tuple[int, str]]:
     """The pass itself; returns where each file begins: its first row id and its name, in order."""
@@ -104,8 +103,8 @@ def _scan(
                     trimmed = _trim(batch, before, spec.tokenizer, spec.limits)
         account(batch, summary)
         summary.truncated += len(trimmed)
-        good, prompt_hashes, row_hashes = hash_rows(batch)
-        repeats.add(row_hashes, batch.first_id + good)
+        good, prompt_hashes, both_hashes = row_hashes(batch)
+        repeats.add(both_hashes, batch.first_id + good)
         if prompts is not None:
             prompts.add(prompt_hashes, batch.first_id + good)
         if writer is not None:
@@ -144,7 +143,7 @@ def _places(starts: list[tuple[int, str]]) -> Place:
     return place
 
 
-def _repeats(summary: Summary, repeats: Repeats, place: Place) -> None:
+def _repeats(summary: Summary, repeats: DuplicateCounter, place: Place) -> None:
     count, examples = repeats.result(EXAMPLES)
     for row, earlier in examples:
         (file, at), (first_file, first_at) = place(row), place(earlier)
@@ -153,13 +152,13 @@ def _repeats(summary: Summary, repeats: Repeats, place: Place) -> None:
         summary.counts["duplicate"] = count
 
 
-def _overlap(spec: CheckSpec, summary: Summary, prompts: Repeats, place: Place) -> None:
+def _overlap(spec: CheckSpec, summary: Summary, prompts: DuplicateCounter, place: Place) -> None:
     """Prompts of the held-out files that training has too."""
     aside = Summary()
     count = 0
-    with Repeats() as held:
+    with DuplicateCounter() as held:
         for batch in scan_rows(open_files(spec.val, spec.keys, aside), spec.keys, aside):
-            good, hashes, _ = hash_rows(batch)
+            good, hashes, _ = row_hashes(batch)
             held.add(hashes, batch.first_id + good)
         if aside.file_errors:
             summary.add(f for group in aside.examples.values() for f in group)

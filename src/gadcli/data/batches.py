@@ -38,7 +38,7 @@ from gadcli.data.check import (
     scan_rows,
     tokenise,
 )
-from gadcli.data.duplicates import Repeats, content_hash, smallest
+from gadcli.data.duplicates import DuplicateCounter, content_hash, smallest
 from gadcli.data.files import FileInfo, expand
 from gadcli.data.findings import Finding, Summary
 from gadcli.data.order import BatchOrder, Permutation
@@ -271,7 +271,7 @@ class _Builder:
             open(self.folder / "index.bin", "wb") as index,
             open(self.folder / "hash.bin", "wb") as hashes,
             open(self.folder / "text.bin", "wb") as text,
-            Repeats(self.folder) as repeats,
+            DuplicateCounter(self.folder) as repeats,
         ):
             out = (ids, index, hashes, text)
             for batch in scan_rows(infos, self.keys, summary, progress, most_rows=TOKENISED_ROWS):
@@ -335,7 +335,9 @@ class _Builder:
         return ids[:most] if self.limits.truncation == "right" else ids[-most:]
 
 
-def _note_repeats(summary: Summary, repeats: Repeats, infos: list[FileInfo], file_rows: dict[str, int]) -> None:
+def _note_repeats(
+    summary: Summary, repeats: DuplicateCounter, infos: list[FileInfo], file_rows: dict[str, int]
+) -> None:
     count, examples = repeats.result(examples=5)
     if not count:
         return

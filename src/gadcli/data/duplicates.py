@@ -1,8 +1,9 @@
-"""Repeated rows and overlapping sets by 64-bit hashes, in bounded memory at any number of rows (torch-free)."""
+"""Repeated rows and overlapping sets by sorted 64-bit hashes, in bounded memory at any number of rows (torch-free)."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,12 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from gadcli.data.rows import RowBatch
+
 Hashes = npt.NDArray[np.uint64]
-PART_BITS = 6
-PARTS = 2**PART_BITS
-FIRST_SHIFT = 64 - PART_BITS
-PART_BYTES = 8 * 2**20  # of a file that is read whole to be sorted: half a million rows
-IN_MEMORY = 1_000_000  # hashes kept before they go to disk: 16 MB with their row ids
+Entries = npt.NDArray[np.void]
 ENTRY = np.dtype([("hash", "<u8"), ("row", "<i8")])
-NOTHING = np.empty(0, ENTRY)
+SORTED_AT_ONCE = 1 << 20  # rows: 16 MB
 
 
 def content_hash(data: bytes) -> int:
@@ -26,140 +25,80 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-class Repeats:
+def row_hashes(batch: RowBatch) -> tuple[npt.NDArray[np.int64], Hashes, Hashes]:
+    """Good rows of a batch, the hash of each one's messages, and the hash of messages and teacher together."""
+    good = batch.good()
+    prompts, both = np.empty(len(good), np.uint64), np.empty(len(good), np.uint64)
+    for j, (messages, teacher) in enumerate(zip(batch.conversations(good), batch.teacher_texts(good), strict=True)):
+        prompt = json.dumps(messages).encode()
+        prompts[j], both[j] = content_hash(prompt), content_hash(prompt + teacher.encode())
+    return good, prompts, both
+
+
+class DuplicateCounter:
     """Counts rows whose hash occurred before. Two different rows collide with chance n²/2⁶⁵ (2e-5 at 3e7 rows).
 
-    Beyond IN_MEMORY rows, hashes are dealt by their top bits to PARTS temporary files, and again by the next bits where
-    these are too large to sort.
+    Hashes go to a file when they are many; it is read once for each range of hashes that is sorted at once.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._held: list[npt.NDArray[np.void]] = []
-        self._count = 0
-        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = str(folder or tempfile.gettempdir())
+        self._file = tempfile.SpooledTemporaryFile(SORTED_AT_ONCE * ENTRY.itemsize, dir=self._folder)  # noqa: SIM115
+        self.rows = 0
 
-    def __enter__(self) -> Repeats:
+    def __enter__(self) -> DuplicateCounter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
                  ) -> None:  # fmt: skip
-        if self._spill is not None:
-            self._spill.cleanup()
-            self._spill = None
+        self._file.close()
 
-    def add(self, hashes: Hashes, first_row: int | npt.NDArray[np.int64]) -> None:
-        """`first_row`: the row id of the first hash (the others follow), or the ids themselves."""
+    def add(self, hashes: Hashes, rows: npt.NDArray[np.int64]) -> None:
+        """Hashes and ids of some rows; ids come in rising order."""
         entries = np.empty(len(hashes), ENTRY)
-        entries["hash"] = hashes
-        entries["row"] = first_row if isinstance(first_row, np.ndarray) else first_row + np.arange(len(hashes))
-        self._held.append(entries)
-        self._count += len(entries)
-        if self._count >= IN_MEMORY:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._spill is None:
-            self._spill = tempfile.TemporaryDirectory(prefix="gad-repeats-", dir=self._folder)
-        _deal(self._in_memory(), FIRST_SHIFT, Path(self._spill.name))
-        self._held, self._count = [], 0
-
-    def shared_with(self, other: Repeats) -> Iterator[npt.NDArray[np.int64]]:
-        """Ids of the rows whose hash `other` has too, a part at a time: memory grows with neither."""
-        if self._spill is None and other._spill is None:
-            mine, theirs = self._in_memory(), other._in_memory()
-            yield mine["row"][np.isin(mine["hash"], theirs["hash"])]
-            return
-        self._flush()
-        other._flush()
-        for (ours, others), equal in self._pieces(other):
-            if equal:  # one hash, of any number of rows
-                yield from (part["row"] for part in _chunks(ours) if _size(others))
-            else:
-                mine, theirs = _read(ours), _read(others)
-                yield mine["row"][np.isin(mine["hash"], theirs["hash"])]
+        entries["hash"], entries["row"] = hashes, rows
+        self.rows += len(entries)
+        try:
+            self._file.write(entries.tobytes())
+            self._file.flush()
+        except OSError as error:  # a write's error does not say where: TMPDIR, which the user may point elsewhere
+            raise OSError(error.errno, error.strerror, self._folder) from error
 
     def result(self, examples: int = 1000) -> tuple[int, list[tuple[int, int]]]:
         """How many rows repeat an earlier one, and some of them as (row, the row it repeats)."""
         count = 0
         found: list[tuple[int, int]] = []
-        for entries, repeats in self._sorted_parts():
+        for entries in self._ranges(_parts(self.rows)):
+            entries = entries[
+                np.argsort(entries["hash"], kind="stable")
+            ]  # equal hashes stay in the order of their rows
             same = np.flatnonzero(entries["hash"][1:] == entries["hash"][:-1])
-            count += len(same) if repeats is None else repeats
+            count += len(same)
             shown = same[: max(0, examples - len(found))]
             found += zip(entries["row"][shown + 1].tolist(), entries["row"][shown].tolist(), strict=True)
         return count, sorted(found)
 
-    def _sorted_parts(self) -> Iterator[tuple[npt.NDArray[np.void], int | None]]:
-        """Entries that have repeats, by hash and row; the repeats' number where they are not all of theirs."""
-        if self._spill is None:
-            parts: Iterator[tuple[npt.NDArray[np.void], int | None]] = iter([(self._in_memory(), None)])
-        else:
-            self._flush()
-            parts = (
-                (next(_chunks(path)), _size(path) // ENTRY.itemsize - 1) if equal else (_read(path), None)
-                for (path,), equal in self._pieces()
-            )
-        for entries, repeats in parts:
-            hashes = np.sort(entries["hash"])  # a plain sort is vectorised; most data needs no more
-            if repeats is not None or (hashes[1:] == hashes[:-1]).any():
-                # Rows came in rising order, and a stable sort keeps that among equals.
-                yield entries[np.argsort(entries["hash"], kind="stable")], repeats
+    def shared_with(self, other: DuplicateCounter) -> Iterator[npt.NDArray[np.int64]]:
+        """Ids of the rows whose hash `other` has too, a range of hashes at a time."""
+        parts = _parts(max(self.rows, other.rows))
+        for mine, theirs in zip(self._ranges(parts), other._ranges(parts), strict=True):
+            yield mine["row"][np.isin(mine["hash"], theirs["hash"])]
 
-    def _in_memory(self) -> npt.NDArray[np.void]:
-        return np.concatenate([NOTHING, *self._held])
-
-    def _pieces(self, *others: Repeats) -> Iterator[tuple[list[Path], bool]]:
-        """Files of each, small enough to sort, with all entries of their hashes; true where that is one hash alone."""
-        folders = [Path(repeats._spill.name) for repeats in (self, *others) if repeats._spill is not None]
-        for p in range(PARTS):
-            yield from _divide([folder / str(p) for folder in folders], FIRST_SHIFT - PART_BITS, self._folder)
+    def _ranges(self, parts: int) -> Iterator[Entries]:
+        """The entries of each of `parts` equal ranges of hashes, in the order they were added."""
+        width = np.uint64(-(-(2**64) // parts) if parts > 1 else 2**64 - 1)
+        for part in range(parts):
+            self._file.seek(0)
+            kept = [np.empty(0, ENTRY)]
+            while data := self._file.read(SORTED_AT_ONCE * ENTRY.itemsize):
+                entries = np.frombuffer(data, ENTRY)
+                kept.append(entries if parts == 1 else entries[entries["hash"] // width == part])
+            yield np.concatenate(kept)
+        self._file.seek(0, 2)
 
 
-def _deal(entries: npt.NDArray[np.void], shift: int, folder: Path) -> None:
-    """Append entries to PARTS files by the PART_BITS bits of their hashes above `shift`, in their order."""
-    part = ((entries["hash"] >> np.uint64(shift)) % np.uint64(PARTS)).astype(np.int64)
-    order = np.argsort(part, kind="stable")
-    bounds = np.searchsorted(part[order], np.arange(PARTS + 1))
-    try:
-        for p in range(PARTS):
-            with open(folder / str(p), "ab") as file:  # and not numpy's tofile, whose error does not say "disk full"
-                file.write(entries[order[bounds[p] : bounds[p + 1]]].tobytes())
-    except OSError as error:  # a write's error does not say where: TMPDIR, which the user may point elsewhere
-        raise OSError(error.errno, error.strerror, str(folder.parent)) from error
-
-
-def _divide(paths: list[Path], shift: int, folder: Path | None) -> Iterator[tuple[list[Path], bool]]:
-    """Files too large to sort are dealt again by their hashes' next bits; when none are left all entries are equal."""
-    if sum(map(_size, paths)) <= PART_BYTES:
-        yield paths, False
-    elif shift <= -PART_BITS:
-        yield paths, True
-    else:
-        with tempfile.TemporaryDirectory(prefix="gad-repeats-", dir=folder) as name:
-            dealt = [Path(name) / str(i) for i in range(len(paths))]
-            for path, into in zip(paths, dealt, strict=True):
-                into.mkdir()
-                for entries in _chunks(path):
-                    _deal(entries, max(0, shift), into)
-            for p in range(PARTS):
-                yield from _divide([into / str(p) for into in dealt], shift - PART_BITS, folder)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _read(path: Path) -> npt.NDArray[np.void]:
-    return np.fromfile(path, ENTRY) if path.exists() else NOTHING
-
-
-def _chunks(path: Path) -> Iterator[npt.NDArray[np.void]]:
-    """A file's entries, PART_BYTES at a time; none of a file that is not there."""
-    if path.exists():
-        with open(path, "rb") as file:
-            while len(entries := np.fromfile(file, ENTRY, PART_BYTES // ENTRY.itemsize)):
-                yield entries
+def _parts(rows: int) -> int:
+    return 1 + rows // SORTED_AT_ONCE
 
 
 def smallest(hashes_file: Path, k: int, chunk: int = 1 << 20) -> Hashes:
