@@ -1,4 +1,4 @@
-"""Parity with losses we did not write: TRL's GRPO (sequence and token ratios) and SFT, through a real tiny model.
+"""Parity with losses we did not write: TRL's GRPO (sequence and token ratios), SFT and DPO, through a tiny model.
 
 TRL computes its own log-probs from the model (temperature, shift, masks), so the whole path is compared, gradients
 of every parameter included. TRL is a test-only dependency; without it these tests are skipped.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from algo.mutants import mutated
-from gadcli.algo import aggregate, kl, logprobs, policy, sft
+from gadcli.algo import aggregate, kl, logprobs, policy, sft, soda
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow  # importing TRL alone takes about 10 s
@@ -31,6 +31,7 @@ def trl() -> dict[str, Any]:
     importlib.import_module("trl.import_utils").is_vllm_available = lambda min_version=None: False
     names = {"grpo_trainer": "GRPOTrainer", "grpo_config": "GRPOConfig"}
     names |= {"sft_trainer": "SFTTrainer", "sft_config": "SFTConfig"}
+    names |= {"dpo_trainer": "DPOTrainer", "dpo_config": "DPOConfig"}
     return {name: getattr(importlib.import_module(f"trl.trainer.{module}"), name) for module, name in names.items()}
 
 
@@ -266,3 +267,64 @@ def test_sft_loss_and_gradients_equal_trls_and_mutants_do_not(trl: dict[str, Any
 def test_every_aggregation_but_the_plain_row_sum_has_a_parity_case() -> None:
     covered = {agg for _, agg, _, _ in CASES.values()}
     assert set(aggregate.AGG_MODES) - covered == {"seq-mean-token-sum"}  # by hand in test_policy.py
+
+
+def check_soda(trainer: Any, batch: dict[str, Tensor], *, soda_module: ModuleType = soda,
+               logp_module: ModuleType = logprobs) -> None:  # fmt: skip
+    """Ragged pairs whose start model is not the student: loss, gradients, margin and accuracy."""
+    model = trainer.model
+    expected = trainer._compute_loss(model, batch, return_outputs=False)
+    expected.backward()
+    expected_grad = gradients(model)
+    logged = {name: values.pop() for name, values in trainer._metrics["train"].items() if isinstance(values, list)}
+
+    ids, answer = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    logp_B = logp_module.next_token_logp(logits, ids).masked_fill(~answer, 0.0).sum(-1)
+    teacher, snapshot = logp_B.chunk(2)
+    loss, metrics = soda_module.soda_loss(
+        teacher, snapshot, batch["ref_chosen_logps"], batch["ref_rejected_logps"], beta=0.3
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=TOLERANCE)
+    assert torch.allclose(gradients(model), expected_grad, atol=TOLERANCE, rtol=1e-4)
+    assert metrics["actor/soda_margin"].value == pytest.approx(logged["rewards/margins"], abs=1e-5)
+    assert metrics["actor/soda_acc"].value == pytest.approx(logged["rewards/accuracies"])
+    assert metrics["actor/soda_acc"].value == pytest.approx(2 / 5)
+
+
+def soda_batch(model: Any) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    rows = 10  # five teacher's answers, then five snapshots'
+    lengths = torch.randint(4, 10, (rows,), generator=g)
+    valid = torch.arange(9) < lengths[:, None]
+    answer = valid & (torch.arange(9) >= 3)  # three prompt tokens
+    ids = torch.randint(4, VOCAB, (rows, 9), generator=g).masked_fill(~valid, PAD)
+    with torch.no_grad():
+        logp_BT = logprobs.next_token_logp(model(input_ids=ids, attention_mask=valid.long()).logits, ids)
+    drift_B = torch.tensor([-3.0, 3.0, -2.0, 1.0, 0.5, 1.0, -2.0, -3.0, 2.0, -1.0])  # two pairs won, three lost
+    start_B = logp_BT.masked_fill(~answer[:, 1:], 0.0).sum(-1) + drift_B
+    return {"input_ids": ids, "attention_mask": valid.long(), "completion_mask": answer.long(),
+            "ref_chosen_logps": start_B[:5], "ref_rejected_logps": start_B[5:]}  # fmt: skip
+
+
+def test_soda_and_its_gradients_equal_trls_dpo_and_mutants_do_not(trl: dict[str, Any], tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    args = trl["DPOConfig"](output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], beta=0.3,
+                            precompute_ref_log_probs=True, per_device_train_batch_size=1)  # fmt: skip
+    rows = Dataset.from_dict({"prompt": ["w5 w6"], "chosen": ["w7 w8"], "rejected": ["w9"]})
+    model = tiny_model()
+    trainer = trl["DPOTrainer"](model=model, args=args, train_dataset=rows, processing_class=tiny_tokenizer())
+    batch = soda_batch(trainer.model)
+    check_soda(trainer, batch)
+    for old, new in [
+        ("beta * (teacher_gain_N - snapshot_gain_N)", "beta * (snapshot_gain_N - teacher_gain_N)"),
+        ("teacher_N.float() - teacher_ref_N.detach().float()", "teacher_N.float()"),  # no reference
+        ("F.softplus(-margin_N)", "F.relu(1 - margin_N)"),
+        ("F.softplus(-margin_N)", "(1 - margin_N / 0.6) ** 2"),  # IPO
+    ]:
+        with pytest.raises(AssertionError):
+            check_soda(trainer, batch, soda_module=mutated("soda", old, new))
+    with pytest.raises(AssertionError):
+        check_soda(trainer, batch, logp_module=mutated("logprobs", *LOGP_MUTANTS[1]))

@@ -23,8 +23,16 @@ def judge(stage: str, *overrides: str, world_size: int = 1, preset: str | None =
         ("gad", ["rollout.n=1"], 1, "rollout.n is 1, but group advantages need 2 or more", "rollout.n=8"),
         ("gad", ["trainer.critic_warmup=-1"], 1, "gad needs a critic", "trainer.critic_warmup=0"),
         ("warmup", ["trainer.critic_warmup=-1"], 1, "warmup needs a critic", "trainer.critic_warmup=10"),
-        ("gad", ["actor.objective=sft"], 1, "gad learns from the discriminator", "actor.objective=policy"),
-        ("seqkd", ["actor.objective=policy"], 1, "seqkd learns by sft", "actor.objective=sft"),
+        ("gad", ["actor.objective=sft"], 1, "gad takes policy or best_of_n", "actor.objective=policy"),
+        ("gad", ["actor.objective=soda"], 1, "gad takes policy", "gad train seqkd actor.objective=soda"),
+        ("seqkd", ["actor.objective=policy"], 1, "seqkd takes sft or soda", "actor.objective=sft"),
+        ("seqkd", ["actor.objective=best_of_n"], 1, "seqkd takes sft", "gad train gad actor.objective=best_of_n"),
+        ("seqkd", ["actor.objective=soda", "trainer.critic_warmup=0"], 1, "has no critic", "trainer.critic_warmup=-1"),
+        ("seqkd", ["actor.objective=soda", "actor.model.lora.dropout=0.1"], 1, "differ by chance", "dropout=0"),
+        ("gad", ["actor.objective=best_of_n"], 1, "ranks answers by a trained critic", "--reward-model"),
+        ("gad", ["actor.objective=best_of_n", "critic.model.path=c", "rollout.n=1"], 1, "best_of_n needs 2", "n=8"),
+        ("gad", ["actor.objective=best_of_n", "critic.model.path=c", "trainer.critic_warmup=5"], 1,
+         "does not train the critic", "trainer.critic_warmup=0"),
         ("seqkd", ["trainer.critic_warmup=0"], 1, "seqkd has no critic", "trainer.critic_warmup=-1"),
         # 128 prompts over 3 processes: the nearest multiple of 3 is 129
         ("gad", [], 3, "which 3 processes cannot share evenly", "data.train_batch_size=129"),
@@ -112,8 +120,9 @@ def test_dropout_and_held_out_releases_are_fine_where_they_act() -> None:
     assert [line for line in found if "dropout" in line or "critic_warmup_until" in line or "penalty" in line] == []
 
 
-def test_sft_needs_no_group() -> None:
-    found = judge("seqkd", "rollout.n=1") + judge("warmup", "rollout.n=1", "actor.objective=sft")
+def test_sft_and_soda_need_no_group() -> None:
+    found = judge("seqkd", "rollout.n=1") + judge("seqkd", "rollout.n=1", "actor.objective=soda")
+    found += judge("warmup", "rollout.n=1", "actor.objective=sft")
     assert [line for line in found if "rollout.n" in line] == []
 
 

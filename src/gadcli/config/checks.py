@@ -15,6 +15,7 @@ LOGGERS = ("console", "tensorboard", "wandb")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONG_RESPONSE = 256  # tokens above which a sum of values saturates the untempered ranking loss
 UNTRAINED_CRITIC = "no --reward-model: gad starts from an untrained discriminator, scores are noise; run warmup first"
+OBJECTIVES_OF = {"seqkd": ("sft", "soda"), "warmup": ("policy", "sft"), "gad": ("policy", "best_of_n")}  # usual first
 COLD = 0.3  # temperature below which a group's samples are nearly equal
 
 
@@ -32,24 +33,36 @@ class Checker:
         """What learns in each stage, and from whom (algorithm: the game)."""
         cfg = self.cfg
         has_critic = cfg.trainer.critic_warmup >= 0
-        if cfg.stage == "seqkd" and cfg.actor.objective != "sft":
-            hint = "actor.objective=sft (or run the gad stage)"
-            self.fail("actor.objective", f"actor.objective is {cfg.actor.objective}, but seqkd learns by sft", hint)
+        self.objective()
         if cfg.stage == "seqkd" and has_critic:
             message = f"trainer.critic_warmup is {cfg.trainer.critic_warmup}, but seqkd has no critic"
             self.fail("trainer.critic_warmup", message, "trainer.critic_warmup=-1")
         if cfg.stage != "seqkd" and not has_critic:
             hint = f"trainer.critic_warmup={10 if cfg.stage == 'warmup' else 0}"
             self.fail("trainer.critic_warmup", f"trainer.critic_warmup is -1, but {cfg.stage} needs a critic", hint)
-        if cfg.stage == "gad" and cfg.actor.objective != "policy":
-            message = f"actor.objective is {cfg.actor.objective}, but gad learns from the discriminator"
-            self.fail("actor.objective", message, "actor.objective=policy")
+
+    def objective(self) -> None:
+        """What the student may learn from in each stage: soda needs no critic, best_of_n one that was trained."""
+        cfg, key = self.cfg, "actor.objective"
+        if cfg.actor.objective not in OBJECTIVES_OF[cfg.stage]:
+            allowed = " or ".join(OBJECTIVES_OF[cfg.stage])
+            elsewhere = [stage for stage, known in OBJECTIVES_OF.items() if cfg.actor.objective in known]
+            hint = f"{key}={allowed.partition(' ')[0]}, or gad train {elsewhere[0]} {key}={cfg.actor.objective}"
+            self.fail(key, f"{key} is {cfg.actor.objective}, but {cfg.stage} takes {allowed}", hint)
+        if cfg.actor.objective != "best_of_n":
+            return
+        if cfg.trainer.critic_warmup > 0:
+            message = f"trainer.critic_warmup is {cfg.trainer.critic_warmup}, but best_of_n does not train the critic"
+            self.fail("trainer.critic_warmup", message, "trainer.critic_warmup=0")
+        if not cfg.critic.model.path:
+            message = "actor.objective=best_of_n ranks answers by a trained critic, and critic.model.path is empty"
+            self.fail("critic.model.path", message, "--reward-model RUN/global_step_N/critic of a warmup stage")
 
     def groups(self) -> None:
         cfg = self.cfg
-        if cfg.actor.objective == "policy" and cfg.rollout.n < 2:
-            message = f"rollout.n is {cfg.rollout.n}, but group advantages need 2 or more"
-            self.fail("rollout.n", message, "rollout.n=8")
+        if cfg.actor.objective in ("policy", "best_of_n") and cfg.rollout.n < 2:
+            why = "group advantages need" if cfg.actor.objective == "policy" else "best_of_n needs"
+            self.fail("rollout.n", f"rollout.n is {cfg.rollout.n}, but {why} 2 or more", "rollout.n=8")
 
     def division(self) -> None:
         """Batches split evenly over ranks and mini-batches."""
@@ -164,8 +177,11 @@ class Checker:
         if cfg.actor.model.num_layers:
             message = "actor.model.num_layers cuts the student, but the sampler would run all of its layers"
             self.fail("actor.model.num_layers", message, "actor.model.num_layers=0 (critic.model.num_layers is fine)")
-        if cfg.actor.model.lora.dropout and cfg.actor.objective == "policy":
-            message = "actor.model.lora.dropout makes old and new log-probs differ by chance under objective=policy"
+        if cfg.actor.model.lora.dropout and cfg.actor.objective in ("policy", "soda"):
+            message = (
+                "actor.model.lora.dropout makes log-probs that are compared differ by chance under "
+                f"actor.objective={cfg.actor.objective}"
+            )
             self.fail("actor.model.lora.dropout", message, "actor.model.lora.dropout=0")
         if cfg.critic.model.lora.dropout:
             message = "critic.model.lora.dropout makes equal texts score differently by chance"
@@ -190,9 +206,9 @@ class Checker:
             yield "algorithm.use_kl_in_reward is on with algorithm.kl_ctrl.kl_coef=0: nothing is subtracted"
         if actor.use_kl_loss and not actor.kl_loss_coef:
             yield "actor.use_kl_loss is on with actor.kl_loss_coef=0: the reference is run for nothing"
-        if actor.use_kl_loss and actor.objective == "sft":
-            yield "actor.use_kl_loss does nothing under actor.objective=sft"
-        if actor.objective == "policy" and cfg.rollout.temperature < COLD:
+        if actor.use_kl_loss and actor.objective != "policy":
+            yield f"actor.use_kl_loss does nothing under actor.objective={actor.objective}"
+        if actor.objective in ("policy", "best_of_n") and cfg.rollout.temperature < COLD:
             yield f"rollout.temperature={cfg.rollout.temperature:g}: a group's answers will hardly differ; .8 is usual"
         if cfg.trainer.critic_warmup >= 0:
             yield from self._critic_warnings()

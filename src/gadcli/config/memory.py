@@ -279,7 +279,7 @@ def needs_reference(cfg: GadConfig) -> bool:
 
 def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
     """The whole estimate; an upper bound in lengths (every row at its limit), typical in the rest."""
-    answers = cfg.rollout.n if cfg.actor.objective == "policy" else 1
+    answers = {"policy": cfg.rollout.n, "soda": 2}.get(cfg.actor.objective, 1)
     passes = passes_of(cfg, setting, cfg.actor.ppo_mini_batch_size, cfg.actor.micro_batch_tokens, answers)
     actor = estimate_model(setting.student, cfg.actor.model, setting, cfg.fsdp, passes, causal=True)
     critic = None
@@ -305,7 +305,7 @@ class SamplerMemory:
 
 def estimate_sampler(cfg: GadConfig, setting: Setting) -> SamplerMemory:
     """vLLM keeps its KV cache; transformers makes one in each rollout, beside every token's logits (twice)."""
-    if cfg.stage == "seqkd" and not (cfg.data.val_files or cfg.data.val_rows):
+    if cfg.actor.objective == "sft" and cfg.stage == "seqkd" and not (cfg.data.val_files or cfg.data.val_rows):
         return SamplerMemory()  # nothing is sampled
     itemsize = compute_bytes(cfg.actor.model, setting.device)
     weights = setting.student.causal_params * itemsize / cfg.rollout.tensor_parallel_size

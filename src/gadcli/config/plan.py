@@ -167,7 +167,8 @@ class Plan:
         tests = f"evaluates every {cfg.trainer.test_freq}" if cfg.trainer.test_freq else "evaluates at the end"
         if not (cfg.data.val_files or cfg.data.val_rows):
             tests = "evaluates never (no data.val_files, data.val_rows=0)"
-        return f"{steps.total:,} ({how}){critic}; {saves}, {tests}"
+        first = "; first samples one answer to every training prompt" if cfg.actor.objective == "soda" else ""
+        return f"{steps.total:,} ({how}){critic}{first}; {saves}, {tests}"
 
     def _models_text(self) -> str:
         assert self.student is not None
@@ -233,7 +234,8 @@ def tokens_per_step(cfg: GadConfig) -> dict[str, int]:
     data, n = cfg.data, cfg.rollout.n
     samples = cfg.actor.objective == "policy" or cfg.trainer.critic_warmup >= 0
     policy = cfg.actor.objective == "policy"
-    row = data.max_prompt_length + (n if policy else 1) * data.max_response_length
+    trained_on = {"policy": n, "soda": 2}.get(cfg.actor.objective, 1)
+    row = data.max_prompt_length + trained_on * data.max_response_length
     critic_row = data.max_prompt_length + (n + 1) * data.max_response_length
     return {
         "prompts": data.train_batch_size,

@@ -14,6 +14,7 @@ POLICY_LOSSES = ("gspo", "gspo_token", "grpo", "ppo", "dapo")
 LOSS_AGG_MODES = ("auto", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 ADV_ESTIMATORS = ("grpo", "dr_grpo", "grpo_floor")
 STAGES = ("seqkd", "warmup", "gad")
+OBJECTIVES = ("sft", "policy", "soda", "best_of_n")
 # What a stage implies where no preset, file or override says otherwise.
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "seqkd": {"actor.objective": "sft", "trainer.critic_warmup": -1},
@@ -82,13 +83,20 @@ class PolicyLossConfig:
 
 
 @dataclass
+class SodaConfig:
+    beta: float = opt(0.1, "of the preference loss: larger keeps the student closer to its start", min=1e-4, max=100)
+
+
+@dataclass
 class ActorConfig:
     model: ModelConfig = sub(ModelConfig)
     objective: str = opt(
         "policy",
-        "what the actor learns from: teacher text (sft) or its own samples (policy)",
-        choices=("sft", "policy"),
+        "what the actor learns from: teacher text (sft), its own samples by their advantages (policy), the sample that "
+        "a fixed critic ranks first (best_of_n), or preferring the teacher's answer to its own first one (soda)",
+        choices=OBJECTIVES,
     )
+    soda: SodaConfig = sub(SodaConfig)
     optim: OptimConfig = sub(OptimConfig)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off", min=0)
     ppo_epochs: int = opt(1, "passes over one step's samples", min=1, max=100)

@@ -31,8 +31,8 @@ class RunFacts:
 
     @property
     def sft(self) -> bool:
-        """The actor learns from teacher text, so there are no samples to judge."""
-        return self.objective == "sft" or self.stage == "seqkd" or self.critic_warmup == -1
+        """The actor learns by likelihood or preference, so there is no policy gradient to judge."""
+        return self.objective in ("sft", "soda", "best_of_n") or self.stage == "seqkd" or self.critic_warmup == -1
 
     @property
     def on_policy(self) -> bool | None:

@@ -20,6 +20,7 @@ from gadcli.algo.mean import Mean, add_metrics
 from gadcli.algo.mismatch import mismatch_metrics, tis_weights
 from gadcli.algo.policy import policy_loss
 from gadcli.algo.sft import sft_loss
+from gadcli.algo.soda import soda_loss
 from gadcli.config.schema import ActorConfig
 from gadcli.distributed.fsdp import free_gathered
 from gadcli.distributed.world import World, sum_over_ranks
@@ -94,6 +95,27 @@ class Actor:
                 entropy = Mean(entropy_N.detach().sum(), float(len(entropy_N)))
                 add_metrics(metrics, {**parts, "actor/entropy": entropy})
         return {**metrics, **self._step([group.row_id for group in groups])}
+
+    def preference_update(self, pairs: Sequence[Group], reference_P2: Tensor) -> Metrics:
+        """One SODA step on groups of (teacher's answer, snapshot's answer), over the pairs of all ranks.
+
+        `reference_P2` holds both answers' log-probs under the start model, on the host.
+        """
+        (count,) = sum_over_ranks([len(pairs)])
+        metrics: Metrics = {}
+        for indices, layout, weight in passes(self.model, pairs, self.cfg.micro_batch_tokens, self.world):
+            logp_N, _ = self.model.answer_logprobs(layout, 1.0)
+            width = max(1, max(layout.lengths))
+            logp_P2 = to_padded(logp_N, layout.lengths, width).float().sum(-1).view(-1, 2)
+            ref_P2 = reference_P2[indices].to(logp_P2.device)
+            loss, parts = soda_loss(
+                logp_P2[:, 0], logp_P2[:, 1], ref_P2[:, 0], ref_P2[:, 1], beta=self.cfg.soda.beta, pairs=count
+            )
+            _check_finite(loss, "the preference loss", [pairs[i].row_id for i in indices])
+            (loss * weight * self.world.size).backward()
+            if weight:
+                add_metrics(metrics, parts)
+        return {**metrics, **self._step([group.row_id for group in pairs])}
 
     def update(self, rollout: Rollout, advantages_PG: Tensor, old_BT: Tensor | None, ref_BT: Tensor | None) -> Metrics:
         """`ppo_epochs` passes over the rollout in mini-batches; returns metrics averaged over all updates.

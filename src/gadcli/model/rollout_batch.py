@@ -71,3 +71,12 @@ class Rollout:
 def teacher_groups(rows: list[TokenizedRow]) -> list[Group]:
     """Each prompt with the teacher's answer alone (supervised training)."""
     return [Group(row.prompt_ids, [row.teacher_ids], row.row_id) for row in rows]
+
+
+def best_groups(rollout: Rollout, scores_PG: torch.Tensor) -> list[Group]:
+    """Each prompt with the one student answer that scores highest (the first of equals)."""
+    best_P = scores_PG.argmax(-1).tolist()
+    return [
+        Group(row.prompt_ids, [group[best].ids], row.row_id)
+        for row, group, best in zip(rollout.rows, rollout.answers, best_P, strict=True)
+    ]

@@ -68,7 +68,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     reference = _build_reference(cfg, actor_path, actor_model, world)
     eos_ids = [eos_id_of(tokenizer)]
     sampler = None
-    if cfg.stage != "seqkd" or val_data is not None:
+    if cfg.stage != "seqkd" or cfg.actor.objective == "soda" or val_data is not None:
         sampler = build_sampler(  # every rollout follows a sync, so the folder's weights need not be read again
             cfg.rollout,
             actor_path,
@@ -154,7 +154,7 @@ def data_notes(cfg: GadConfig, train: Dataset, val: Dataset | None) -> list[str]
 def _actor_updates(cfg: GadConfig, progress: Progress) -> int:
     """Optimiser steps the actor's schedule spans."""
     steps = progress.total_steps - max(0, cfg.trainer.critic_warmup)
-    if cfg.actor.objective == "sft":
+    if cfg.actor.objective != "policy":
         return max(1, steps)
     size = cfg.actor.ppo_mini_batch_size or cfg.data.train_batch_size
     return max(1, steps * cfg.actor.ppo_epochs * (cfg.data.train_batch_size // size))

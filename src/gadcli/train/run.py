@@ -85,7 +85,9 @@ class Run:
 
     def _share(self, rows: list[TokenizedRow]) -> list[int]:
         """This rank's rows: like counts and like tokens, the teacher's length standing in for the student's."""
-        answers = 1 if self.cfg.stage == "seqkd" else self.cfg.rollout.n + 1
+        answers = self.cfg.rollout.n + 1
+        if self.cfg.stage == "seqkd":
+            answers = 2 if self.cfg.actor.objective == "soda" else 1
         tokens = [len(row.prompt_ids) + answers * len(row.teacher_ids) for row in rows]
         return balanced_share(
             tokens, self.world, math.gcd(self.cfg.actor.ppo_mini_batch_size, self.cfg.critic.ppo_mini_batch_size)

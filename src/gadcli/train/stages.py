@@ -9,9 +9,10 @@ import torch
 
 from gadcli.algo.advantages import group_advantages
 from gadcli.algo.kl import kl_in_reward
+from gadcli.algo.mean import mean_of
 from gadcli.data.batches import TokenizedRow
 from gadcli.model.critic import Scores
-from gadcli.model.rollout_batch import Rollout, teacher_groups
+from gadcli.model.rollout_batch import Rollout, best_groups, teacher_groups
 from gadcli.train.loop import finish_step, steps
 from gadcli.train.probe_set import keep_start
 from gadcli.train.run import Run
@@ -37,6 +38,8 @@ def roll_out(run: Run, rows: list[TokenizedRow], log: StepLog) -> Rollout:
 
 def learn_from(run: Run, rollout: Rollout, log: StepLog) -> Scores:
     """The critic's update, whose own pass gives the scores; then the actor's."""
+    if run.cfg.actor.objective == "best_of_n":
+        return learn_from_best(run, rollout, log)
     with log.phase("critic"):
         scores, critic_log = run.critic.score_and_update(rollout)  # scores from before this update
         log.add(critic_log)
@@ -45,6 +48,18 @@ def learn_from(run: Run, rollout: Rollout, log: StepLog) -> Scores:
             update_actor(run, rollout, scores.student_PG, log)
     else:
         log_spread(run, scores.student_PG, log)
+    return scores
+
+
+def learn_from_best(run: Run, rollout: Rollout, log: StepLog) -> Scores:
+    """Supervised on the answer of each group that the critic ranks first; the critic itself stays as it is."""
+    with log.phase("critic"):
+        scores = Scores.of(torch.stack(run.critic.score(rollout.pair_groups())))
+        log_spread(run, scores.student_PG, log)
+    with log.phase("actor"):
+        best_P, group_P = scores.student_PG.amax(-1), scores.student_PG.mean(-1)
+        log.add({"actor/best_of_n_gain": mean_of(best_P - group_P)})
+        log.add(run.actor.sft_update(best_groups(rollout, scores.student_PG)))
     return scores
 
 

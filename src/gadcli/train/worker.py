@@ -94,6 +94,7 @@ def train(run_dir: Path, resume: bool) -> int:
         from gadcli.train.build import build_run, close_run
         from gadcli.train.loop import evaluate_once, finish
         from gadcli.train.seqkd import train_seqkd
+        from gadcli.train.soda import train_soda
         from gadcli.train.stages import train_adversarial
 
         run = build_run(cfg, run_dir, resume_from=resume_from)
@@ -104,7 +105,10 @@ def train(run_dir: Path, resume: bool) -> int:
         WATCHDOG.start(cfg.fsdp.timeout_s, lambda message: _record_hang(run_dir, message))
         if cfg.trainer.val_before_train and run.progress.step == 0:
             evaluate_once(run)
-        (train_seqkd if cfg.stage == "seqkd" else train_adversarial)(run)
+        if cfg.actor.objective == "soda":
+            train_soda(run)
+        else:
+            (train_seqkd if cfg.stage == "seqkd" else train_adversarial)(run)
         finish(run)
         ended = (128 + run.stop.number, "interrupted; saved") if run.stop.number else (0, "done")
     except GadError as error:
