@@ -151,7 +151,7 @@ def sample_chunk(run: Run, indices: Sequence[int]) -> list[dict[str, Any]]:
     sampling = Sampling.of(run.cfg.rollout, run.cfg.data.max_response_length, n=1)
     seeds = [request_seed(run.cfg.trainer.seed, 0, row.row_id) for row in rows]
     answers = [group[0].ids for group in run.sampler.generate([row.prompt_ids for row in rows], sampling, seeds)]
-    run.sampler.rest()
+    run.sampler.sleep()
     groups = [Group(row.prompt_ids, [row.teacher_ids, ids], row.row_id) for row, ids in zip(rows, answers, strict=True)]
     width = max(len(answer) for group in groups for answer in group.answers)
     logp_P2 = run.actor.logprobs(groups, width, temperature=1.0).sum(-1).view(-1, 2).tolist()
