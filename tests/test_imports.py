@@ -13,13 +13,13 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "gadcli"
 # Rooms from the ground up; a module may import from its own room and from lower floors.
 FLOORS = {
-    "errors": 0, "files": 0, "config": 1, "algo": 2, "data": 3, "metrics": 3, "dashboard": 4, "checkpoint": 4,
-    "distributed": 4, "model": 5, "launch": 5, "rollout": 6, "evaluate": 7, "train": 8, "demo": 9, "cli": 10,
-    "__main__": 11,
+    "errors": 0, "files": 0, "config": 1, "algo": 2, "data": 3, "metrics": 3, "dashboard": 4, "rewards": 4,
+    "checkpoint": 4, "distributed": 4, "model": 5, "launch": 5, "rollout": 6, "evaluate": 7, "train": 8, "demo": 9,
+    "cli": 10, "__main__": 11,
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "peft", "tensorboard")
 # Modules that start in every parent process, by dotted prefix: none of them may load what is HEAVY.
-LIGHT = ("cli", "config", "dashboard", "launch", "checkpoint")
+LIGHT = ("rewards", "cli", "config", "dashboard", "launch", "checkpoint")
 LIGHT_MODULES = (
     "errors", "files", "metrics.table", "metrics.health", "metrics.record", "metrics.diagnose", "data.rows",
     "data.files", "data.check", "evaluate.text",

@@ -57,7 +57,7 @@ def attribute_reads() -> dict[str, set[tuple[str, str]]]:
 
 
 READS = attribute_reads()
-LOCAL_NAMES = ("cfg", "self.cfg", "config", "self.config", "settings")
+LOCAL_NAMES = ("cfg", "run.cfg", "self.cfg", "config", "self.config", "settings")
 
 
 def is_read(key: str, section: str, cls: type) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcli.config.modelinfo import local_model_dir, read_model_config
+from gadcli.config.rewards import reward_specs
 from gadcli.config.schema import GadConfig
 from gadcli.errors import ConfigError
 
@@ -219,8 +220,18 @@ class Checker:
             yield from self._without_held_out_rows()
         if cfg.trainer.tensorboard.host not in LOOPBACK:
             yield f"trainer.tensorboard.host={cfg.trainer.tensorboard.host}: TensorBoard will be reachable from outside"
+        yield from self._reward_warnings()
         if critic.loss == "original" and critic.values == "all" and cfg.data.max_response_length > LONG_RESPONSE:
             yield "critic.values=all with critic.loss=original saturates on long answers; critic.values=last"
+
+    def _reward_warnings(self) -> Iterator[str]:
+        cfg = self.cfg
+        if cfg.algorithm.reward_clip and not cfg.rewards:
+            yield "algorithm.reward_clip does nothing without a `rewards` list"
+        if cfg.rewards and (cfg.stage == "seqkd" or cfg.actor.objective == "sft"):
+            yield "rewards do nothing while the student learns by supervised training (actor.objective=sft)"
+        elif cfg.rewards and not any(spec.kind == "discriminator" for spec in reward_specs(cfg.rewards)):
+            yield "rewards lists no discriminator: it is trained, but the student does not learn from its score"
 
     def _without_held_out_rows(self) -> Iterator[str]:
         trainer = self.cfg.trainer

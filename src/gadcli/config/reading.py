@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from gadcli.config.rewards import reward_specs
 from gadcli.config.tree import PATH_KEYS, Leaf, schema_leaves, schema_sections
 from gadcli.errors import ConfigError
 
@@ -229,7 +230,9 @@ def _settings_in(node: yaml.MappingNode, name: str, prefix: str) -> Iterator[Set
 def typed(leaf: Leaf, node: yaml.Node, origin: str) -> Setting:
     """One YAML value in the type that the schema asks for."""
     value: Any
-    if isinstance(node, yaml.SequenceNode):
+    if leaf.kind == list[Any]:
+        value = _entries(leaf, node, origin)
+    elif isinstance(node, yaml.SequenceNode):
         if leaf.kind != list[str]:
             raise _mistyped(leaf, "a list", origin)
         value = []
@@ -248,6 +251,26 @@ def typed(leaf: Leaf, node: yaml.Node, origin: str) -> Setting:
     return Setting(leaf.key, value, origin)
 
 
+def _entries(leaf: Leaf, node: yaml.Node, origin: str) -> list[dict[str, Any]]:
+    """The entries of `rewards`, checked: numbers are what is written like one without quotes, all else is text."""
+    if not isinstance(node, yaml.SequenceNode):
+        raise _mistyped(leaf, "not a list", origin)
+    entries = []
+    for item in node.value:
+        if not isinstance(item, yaml.MappingNode):
+            raise _mistyped(leaf, "a list of something else", origin)
+        entries.append({key: _number_or_text(leaf, value, where) for key, value, where in items(item, origin)})
+    reward_specs(entries, f"{origin}: {leaf.key}")
+    return entries
+
+
+def _number_or_text(leaf: Leaf, node: yaml.Node, origin: str) -> Any:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _mistyped(leaf, "an entry with more than texts and numbers", origin)
+    check_interpolation(leaf.key, node.value, origin)
+    return float(node.value) if node.style not in ("'", '"') and FLOAT.match(node.value) else node.value
+
+
 # ---------------------------------------------------------------------------------- the command line
 
 
@@ -258,12 +281,20 @@ def read_override(word: str) -> Setting:
         raise ConfigError(
             f"{COMMAND_LINE}: {word!r} is not KEY=VALUE", "overrides look like actor.optim.lr=3e-6; flags start with --"
         )
+    if key.startswith("rewards.") and key.count(".") == 2:  # rewards.NAME.KEY, applied to the list once it is known
+        return Setting(key, _unquote(text)[0], COMMAND_LINE)
     leaf = leaf_for(key.strip(), f"{COMMAND_LINE}: {word}")
     return Setting(leaf.key, convert_word(leaf, text), COMMAND_LINE)
 
 
 def convert_word(leaf: Leaf, text: str) -> Any:
-    """The VALUE of a word: lists as `[a,b]` or one text, quotes around a text taken off."""
+    """The VALUE of a word: lists as `[a,b]` or one text, quotes around a text taken off; `rewards` as YAML."""
+    if leaf.kind == list[Any]:
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            raise _mistyped(leaf, text, COMMAND_LINE) from error
+        return _entries(leaf, node, COMMAND_LINE)
     if leaf.kind == list[str]:
         inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
         parts = [text] if inner is None else inner.split(",")

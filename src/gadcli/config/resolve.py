@@ -12,6 +12,7 @@ import yaml
 
 from gadcli.config.presets import is_preset_shaped, load_chain, parse_preset
 from gadcli.config.reading import Setting, read_flag, read_override, read_yaml, settings_in
+from gadcli.config.rewards import override, reward_specs
 from gadcli.config.schema import STAGE_DEFAULTS, STAGES, GadConfig
 from gadcli.config.tree import flatten, schema_leaves
 from gadcli.errors import ConfigError
@@ -65,6 +66,11 @@ def resolve(
                 f"{setting.origin}: {setting.key} is not set by hand",
                 "the command names the stage, --preset the preset",
             )
+        if setting.key.startswith("rewards."):
+            _, name, key = setting.key.split(".")
+            values["rewards"] = override(values.get("rewards", []), name, key, setting.value)
+            reward_specs(values["rewards"])
+            continue
         values[setting.key] = setting.value
         origins[setting.key] = setting.origin
     values["stage"] = stage

@@ -174,6 +174,7 @@ class KlCtrlConfig:
 class AlgorithmConfig:
     adv_estimator: str = opt("grpo", "group advantage", choices=ADV_ESTIMATORS)
     sigma_min: float = opt(0.1, "floor of the group's std (grpo_floor)", min=1e-8)
+    reward_clip: float = opt(0.0, "clamp the sum of `rewards` to [-x, x]; 0 does not", min=0)
     use_kl_in_reward: bool = opt(False, "subtract kl_coef * KL from the reward")
     kl_ctrl: KlCtrlConfig = sub(KlCtrlConfig)
 
@@ -290,3 +291,8 @@ class GadConfig:
     trainer: TrainerConfig = sub(TrainerConfig)
     fsdp: FsdpConfig = sub(FsdpConfig)
     health: HealthConfig = sub(HealthConfig)
+    rewards: list[Any] = opt(
+        [],
+        "what the student is rewarded for, a list of {kind, name, weight, …} (docs/rewards.md); empty is the "
+        "discriminator alone",
+    )

@@ -38,7 +38,7 @@ NEUTRAL_KEYS = (
 
 @dataclass(frozen=True)
 class Leaf:
-    """One key of the schema. `kind` is str, int, float, bool or list[str]; bounds are inclusive."""
+    """One key of the schema; bounds are inclusive. `kind` is str, int, float, bool, list[str] or list[Any]."""
 
     key: str
     kind: Any
@@ -51,7 +51,7 @@ class Leaf:
     @property
     def kind_name(self) -> str:
         names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        return names.get(self.kind, "a list of texts")
+        return names.get(self.kind, "a list of texts" if self.kind == list[str] else "a list of {key: value} entries")
 
 
 def _walk(node: Any, prefix: str) -> dict[str, Leaf]:

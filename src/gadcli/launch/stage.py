@@ -17,6 +17,7 @@ from gadcli.config.machine import free_disk_gb, gpus, pick_device, pick_engine, 
 from gadcli.config.modelinfo import read_model_config
 from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
+from gadcli.config.rewards import reward_specs
 from gadcli.config.schema import GadConfig
 from gadcli.errors import (
     CheckpointError,
@@ -37,6 +38,7 @@ from gadcli.launch.lineage import check_model_path, make_lineage
 from gadcli.launch.outcome import Outcome
 from gadcli.launch.supervisor import STARTED, WORKER_MODULE, LaunchSpec
 from gadcli.launch.tensorboard import TensorBoard, wanted
+from gadcli.rewards.trivial import reward_notes
 
 TAIL_SHOWN = 8
 ERRORS: dict[int, type[GadError]] = {
@@ -116,6 +118,8 @@ def prepare(request: StageRequest) -> Prepared:
     warnings = check(config, world, resolved.origins)
     run_dir = folders.run_dir_of(config)
     data = look_at(config.data)
+    if config.stage != "seqkd":
+        warnings += reward_notes(reward_specs(config.rewards), config.data)
     lineage = make_lineage(config, [*data.train_files, *data.val_files])
     helper = bool(request.node_rank)  # another machine's parent answers for the folder
     notes = folders.check_free(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gadcli.checkpoint.resolve_model import resolve_model
 from gadcli.config.memory import needs_reference
+from gadcli.config.rewards import reward_specs
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, count_overlap, open_dataset
 from gadcli.data.order import BatchOrder
@@ -23,6 +24,7 @@ from gadcli.model.actor import Actor, Reference
 from gadcli.model.critic import Critic
 from gadcli.model.loading import load_actor, load_critic, resolve_dtype, shard
 from gadcli.model.optim import Optimizer
+from gadcli.rewards.build import RewardSet
 from gadcli.rollout.build import build_sampler
 from gadcli.rollout.weight_sync import make_probe
 from gadcli.train.records import Records
@@ -102,6 +104,8 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         critic,
     )
     run.saver.timeout_s = cfg.fsdp.timeout_s
+    if cfg.rewards and cfg.stage != "seqkd":
+        run.rewards = RewardSet(reward_specs(cfg.rewards))
     if resume_from is not None:
         restore(run, resume_from)
     _announce(run, resume_from, time.monotonic() - started)
@@ -229,6 +233,8 @@ def close_run(run: Run) -> None:
     """Shut the engine down; it takes the process group with it, so all ranks come here together."""
     if dist.get_world_size() > 1:
         dist.barrier()
+    if run.rewards is not None:
+        run.rewards.close()
     if run.sampler is not None:
         run.sampler.close()
     if dist.is_initialized():

@@ -18,6 +18,7 @@ from gadcli.model.critic import Critic
 from gadcli.model.micro_batches import balanced_share
 from gadcli.model.packing import Group
 from gadcli.model.rollout_batch import Rollout
+from gadcli.rewards.build import RewardSet
 from gadcli.rollout.sampler import Sampler, Sampling, request_seed
 from gadcli.rollout.weight_sync import Probe
 from gadcli.train.async_save import BackgroundSaver
@@ -60,6 +61,7 @@ class Run:
     reference: Reference | None = None
     maybe_critic: Critic | None = None
     synced_step: int = -1
+    rewards: RewardSet | None = None  # where `rewards` is configured; the discriminator alone otherwise
     unhealthy: bool = False
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
 

@@ -14,6 +14,7 @@ from gadcli.data.batches import TokenizedRow
 from gadcli.model.critic import Scores
 from gadcli.model.rollout_batch import Rollout, best_groups, teacher_groups
 from gadcli.train.loop import finish_step, steps
+from gadcli.train.mixing import mixed_rewards
 from gadcli.train.probe_set import keep_start
 from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
@@ -85,8 +86,11 @@ def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepL
     if run.reference is not None:
         ref_BT = run.actor.logprobs(rollout.student_groups(), rollout.width, reference=run.reference)
     rewards_PG = scores_PG
+    if run.rewards is not None:
+        decode, clip = run.tokenizer.decode, cfg.algorithm.reward_clip
+        rewards_PG = mixed_rewards(run.rewards, rollout, scores_PG, decode, clip, log)
     if kl_coef and old_BT is not None and ref_BT is not None:
-        rewards_B, kl_log = kl_in_reward(scores_PG.flatten(), old_BT, ref_BT, rollout.mask_BT(), kl_coef)
+        rewards_B, kl_log = kl_in_reward(rewards_PG.flatten(), old_BT, ref_BT, rollout.mask_BT(), kl_coef)
         rewards_PG = rewards_B.view_as(scores_PG)
         log.add(kl_log)
     advantages_PG, spread = group_advantages(rewards_PG, cfg.algorithm.adv_estimator, sigma_min=cfg.algorithm.sigma_min)
