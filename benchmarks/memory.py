@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gadcli.checkpoint.embedded_model import ensure_demo_model
-from gadcli.config.memory import GIB, MemoryEstimate, Setting, estimate
+from gadcli.config.memory import GIB, MemoryEstimate, Placement, estimate
 from gadcli.config.modelinfo import model_shape, read_model_config
 from gadcli.config.resolve import resolve
 from gadcli.config.schema import GadConfig
@@ -95,7 +95,7 @@ def estimated(config: GadConfig, model: Path, world: int) -> MemoryEstimate:
     has_critic = config.trainer.critic_warmup >= 0
     critic = shape.cut(config.critic.model.num_layers) if has_critic else None
     engine = "hf" if config.rollout.engine == "hf" else "vllm"
-    return estimate(config, Setting("cpu", engine, world, shape, critic))
+    return estimate(config, Placement("cpu", engine, world, shape, critic))
 
 
 def measure(run_dir: Path, world: int) -> tuple[list[float], float]:

@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gadcli.config.schema import ActorConfig, CriticConfig, FsdpConfig, ModelConfig, OptimConfig
 from gadcli.data.batches import TokenizedRow
+from gadcli.distributed.fsdp import shard
 from gadcli.distributed.world import World, init_world
 from gadcli.model.actor import Actor, Reference
 from gadcli.model.critic import Critic
-from gadcli.model.loading import load_actor, load_critic, shard
+from gadcli.model.loading import load_actor, load_critic
 from gadcli.model.optim import Optimizer
 from gadcli.model.rollout_batch import Answer, Rollout
 

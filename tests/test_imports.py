@@ -1,29 +1,51 @@
-"""Import rules: imports only go down, `algo` stands alone, and what draws or launches knows no torch."""
+"""The house: rooms and floors, imports that only go down and never in a circle, and rooms that know no torch."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "gadcli"
-# Rooms from the ground up; a module may import from its own room and from lower floors.
-FLOORS = {
-    "errors": 0, "files": 0, "config": 1, "algo": 2, "data": 3, "metrics": 3, "dashboard": 4, "rewards": 4,
-    "checkpoint": 4, "distributed": 4, "model": 5, "launch": 5, "rollout": 6, "evaluate": 7, "train": 8, "demo": 9,
-    "cli": 10, "__main__": 11,
-}  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "peft", "tensorboard")
-# Modules that start in every parent process, by dotted prefix: none of them may load what is HEAVY.
-LIGHT = ("rewards", "cli", "config", "dashboard", "launch", "checkpoint")
-LIGHT_MODULES = (
-    "errors", "files", "metrics.table", "metrics.health", "metrics.record", "metrics.diagnose", "data.rows",
-    "data.files", "data.check", "evaluate.text",
-)  # fmt: skip
+MOST_FILES = 16
+STILL_CROWDED = {"data": 24}  # on its way down
+
+
+class Room(NamedTuple):
+    """A room's floor; whether it knows no torch, so that parents, help and monitors start at once; what is exempt."""
+
+    floor: int
+    torch_free: bool = False
+    but_for: tuple[str, ...] = ()
+
+
+# From the ground up; a module may import from its own room and from lower floors.
+ROOMS = {
+    "errors": Room(0, torch_free=True),
+    "files": Room(0, torch_free=True),
+    "config": Room(1, torch_free=True),
+    "algo": Room(2),
+    "data": Room(3, torch_free=True),
+    "metrics": Room(3, torch_free=True, but_for=("metrics.reduce", "metrics.sinks")),
+    "dashboard": Room(4, torch_free=True),
+    "rewards": Room(4, torch_free=True),
+    "checkpoint": Room(4, torch_free=True),
+    "distributed": Room(4),
+    "model": Room(5),
+    "launch": Room(5, torch_free=True),
+    "rollout": Room(6),
+    "evaluate": Room(7, torch_free=True, but_for=("evaluate.fresh_discriminator", "evaluate.given_discriminator")),
+    "train": Room(8),
+    "demo": Room(9, torch_free=True, but_for=("demo.tiny_model",)),
+    "cli": Room(10, torch_free=True),
+    "__main__": Room(11, torch_free=True),
+}
 
 
 def modules() -> dict[str, Path]:
@@ -61,32 +83,78 @@ def imports(path: Path, anywhere: bool = True) -> Iterator[str]:
             waiting += ast.iter_child_nodes(node)
 
 
-def floor_of(module: str) -> int:
-    return FLOORS[module.partition(".")[0]]
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def upward(name: str, path: Path) -> list[str]:
     """Imports of a module that go up, or sideways into another room."""
-    room = name.partition(".")[0]
     bad = []
     for target in imports(path):
         package, _, inside = target.partition(".")
-        other = inside.partition(".")[0]
-        if package != "gadcli" or other == room or other not in FLOORS:
-            continue
-        if FLOORS[other] >= floor_of(name):
+        other = room_of(inside)
+        elsewhere = package == "gadcli" and other != room_of(name) and other in ROOMS
+        if elsewhere and ROOMS[other].floor >= ROOMS[room_of(name)].floor:
             bad.append(f"{name} imports {target}")
     return bad
 
 
+def edges(files: Mapping[str, Path]) -> dict[str, set[str]]:
+    """Which of our modules each one imports, inside functions too. `from gadcli.a import b` means module a.b or a."""
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        targets = {target.removeprefix("gadcli.") for target in imports(path)}
+        targets |= {target.rpartition(".")[0] for target in targets}
+        found[name] = (targets & files.keys()) - {name}
+    return found
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring; empty where there is none."""
+    state: dict[str, bool] = {}  # True while a module is being walked, False once it is done
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if state.get(name):
+            return [*way[way.index(name) :], name]
+        if name in state:
+            return []
+        state[name] = True
+        for target in sorted(graph[name]):
+            if ring := walk(target, [*way, name]):
+                return ring
+        state[name] = False
+        return []
+
+    return next((ring for name in graph if (ring := walk(name, []))), [])
+
+
 def test_every_module_is_in_a_known_room() -> None:
-    unknown = [name for name in modules() if name.partition(".")[0] not in FLOORS]
-    assert not unknown
+    assert {room_of(name) for name in modules()} == set(ROOMS)
 
 
 def test_imports_only_go_down() -> None:
     bad = [line for name, path in modules().items() for line in upward(name, path)]
     assert not bad, "\n".join(bad)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert not circle(edges(modules()))
+
+
+def test_a_circle_through_a_function_would_be_seen(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.py" for name in ("one", "two", "three")}
+    files["one"].write_text("from gadcli.two import x\n")
+    files["two"].write_text("def f():\n    from gadcli import three\n")
+    files["three"].write_text("def f():\n    import gadcli.one\n")
+    assert circle(edges(files)) == ["one", "two", "three", "one"]
+    files["three"].write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import gadcli.one\n")
+    assert circle(edges(files)) == []
+
+
+def test_no_room_has_more_than_sixteen_files() -> None:
+    folders = {path.parent for path in modules().values()} - {SOURCE}
+    crowded = {folder.name: n for folder in folders if (n := len(list(folder.glob("*.py")))) > MOST_FILES}
+    assert all(n <= STILL_CROWDED.get(room, 0) for room, n in crowded.items()), crowded
 
 
 def test_the_walk_would_see_an_upward_import(tmp_path: Path) -> None:
@@ -106,9 +174,8 @@ def test_algo_imports_torch_and_nothing_of_ours() -> None:
 
 
 def light_names() -> list[str]:
-    found = modules()
-    prefixes = tuple(name for name in found if name.startswith(LIGHT))
-    return [f"gadcli.{name}" for name in found if name in prefixes or name in LIGHT_MODULES]
+    rooms = {name: ROOMS[room_of(name)] for name in modules()}
+    return [f"gadcli.{name}" for name, room in rooms.items() if room.torch_free and name not in room.but_for]
 
 
 def loaded_after(code: str) -> set[str]:
@@ -119,7 +186,7 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_the_parents_modules_load_no_torch() -> None:
+def test_rooms_that_are_to_know_no_torch_load_none() -> None:
     names = light_names()
     loaded = loaded_after("\n".join(f"import {name}" for name in names))
     if set(HEAVY) & loaded:  # find out which one

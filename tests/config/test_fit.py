@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gadcli.config.fit import GPU_GB, HEADROOM, Advice, advise, gpus_that_fit, on_gpus, peak_gb, what_gpus_hold
-from gadcli.config.memory import Setting, estimate
+from gadcli.config.memory import Placement, estimate
 from gadcli.config.modelinfo import model_shape
 from gadcli.config.plan import make_plan
 from gadcli.config.resolve import resolve
@@ -27,11 +27,11 @@ SMOLLM2 = {
 SHAPE = model_shape(QWEN3_8B)
 
 
-def cluster(gpus: int, device_gb: float = GPU_GB) -> Setting:
-    return Setting("cuda", "vllm", gpus, SHAPE, SHAPE, device_gb, local_size=min(gpus, 8))
+def cluster(gpus: int, device_gb: float = GPU_GB) -> Placement:
+    return Placement("cuda", "vllm", gpus, SHAPE, SHAPE, device_gb, local_size=min(gpus, 8))
 
 
-def peak_with(setting: Setting, words: tuple[str, ...]) -> float:
+def peak_with(setting: Placement, words: tuple[str, ...]) -> float:
     """The peak of chengla-8b's gad stage with overrides as a user would type them."""
     return peak_gb(estimate(resolve("gad", "chengla-8b", overrides=list(words)).config, setting))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gadcli.config.memory import GIB, LOGITS_CHUNK, Setting, estimate
+from gadcli.config.memory import GIB, LOGITS_CHUNK, Placement, estimate
 from gadcli.config.modelinfo import model_shape
 from gadcli.config.plan import Plan, count_steps, make_plan
 from gadcli.config.resolve import resolve
@@ -132,7 +132,7 @@ def memory(stage: str = "gad", *overrides: str, world_size: int = 1, device: str
     config = resolve(stage, preset, overrides=list(overrides)).config
     shape = model_shape(QWEN3_8B)
     critic = shape if config.trainer.critic_warmup >= 0 else None
-    return estimate(config, Setting(device, "vllm", world_size, shape, critic, 79.6))
+    return estimate(config, Placement(device, "vllm", world_size, shape, critic, 79.6))
 
 
 def test_weights_gradients_and_moments_are_16_bytes_a_trained_parameter() -> None:

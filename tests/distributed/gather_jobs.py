@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
-from gadcli.model.loading import load_actor, shard
+from gadcli.distributed.fsdp import shard
+from gadcli.model.loading import load_actor
 from model.parts import STILL, build_critic, last_gradient, tiny_rollout, values, worst_relative
 from model.rank_jobs import step, world_of_all
 

@@ -96,7 +96,7 @@ def test_a_hung_worker_leaves_a_record_that_names_the_phase(tmp_path: Path) -> N
     )
     record, stderr = end_of_hung_worker(
         run_dir,
-        "import threading, gadcli.train.seqkd as seqkd\n"
+        "import threading, gadcli.train.stages as seqkd\n"
         "def hang(run):\n"
         "    for step, _ in seqkd.steps(run):\n"
         "        run.on_phase('rollout', step)\n"

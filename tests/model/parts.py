@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from gadcli.algo.mean import Mean
 from gadcli.config.schema import ActorConfig, CriticConfig, FsdpConfig, LoraConfig, ModelConfig, OptimConfig
 from gadcli.data.batches import TokenizedRow
+from gadcli.distributed.fsdp import shard
 from gadcli.distributed.world import World
 from gadcli.model.actor import Actor
 from gadcli.model.critic import Critic
-from gadcli.model.loading import load_actor, load_critic, shard
+from gadcli.model.loading import load_actor, load_critic
 from gadcli.model.optim import Optimizer
 from gadcli.model.rollout_batch import Answer, Rollout
 

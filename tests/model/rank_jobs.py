@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
+from gadcli.distributed.fsdp import shard
 from gadcli.distributed.world import World
-from gadcli.model.loading import load_actor, shard
+from gadcli.model.loading import load_actor
 from gadcli.model.micro_batches import passes
 from gadcli.model.packing import Group
 

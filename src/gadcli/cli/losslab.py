@@ -39,21 +39,20 @@ def losslab(
 
     Numbers are the run's own (or the preset's, or the defaults); try others as critic.final.score_reg=0.01.
     """
-    from gadcli.cli import losslab_report as report
+    from gadcli.cli.losslab_examine import critic_config, examine, read_scores
+    from gadcli.cli.losslab_show import show, write_png
 
     run = None if source == SYNTHETIC else find_run(source)
-    critic = report.critic_config(run, preset, config, overrides or [])
-    scores = None if run is None else report.read_scores(run, step)
-    lab = report.examine(critic, scores, loss or [], teacher_length, student_length)
+    critic = critic_config(run, preset, config, overrides or [])
+    scores = None if run is None else read_scores(run, step)
+    lab = examine(critic, scores, loss or [], teacher_length, student_length)
     if png is not None:
-        from gadcli.cli.losslab_plot import write_png
-
         write_png(lab, png)
     if as_json:
         from .common import print_json
 
         print_json(lab.to_json())
     else:
-        report.show(lab)
+        show(lab)
     if png is not None:
         typer.echo(f"curves: {png}", err=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gadcli.config.memory import ENGINE_RUNTIME, GIB, MemoryEstimate, Setting, compute_bytes, estimate
+from gadcli.config.memory import ENGINE_RUNTIME, GIB, MemoryEstimate, Placement, compute_bytes, estimate, gb
 from gadcli.config.schema import GadConfig
 
 GPU_GB = 79.6  # what an "80-GB" GPU has, in GiB, as nvidia-smi counts an A100 or H100
@@ -73,38 +73,38 @@ def peak_gb(memory: MemoryEstimate) -> float:
     return max(memory.training_peak, memory.rollout_peak) / GIB
 
 
-def ways(cfg: GadConfig, setting: Setting) -> Iterator[dict[str, Any]]:
+def ways(cfg: GadConfig, placement: Placement) -> Iterator[dict[str, Any]]:
     """Changes that may lower the peak, the cheapest in speed and quality first."""
     trains_critic = cfg.trainer.critic_warmup >= 0
-    if setting.device == "cuda":
+    if placement.device == "cuda":
         if cfg.actor.use_kl_loss and not cfg.actor.model.lora.rank:
             yield {"fsdp.offload_reference": True}
-        if setting.engine == "vllm":
+        if placement.engine == "vllm":
             yield {"rollout.sleep": True}
-        yield from ({"rollout.gpu_memory_utilization": share} for share in smaller_shares(cfg, setting))
+        yield from ({"rollout.gpu_memory_utilization": share} for share in smaller_shares(cfg, placement))
     else:
         yield {"rollout.kv_cache_gb": 0.25}
     yield {"actor.model.gradient_checkpointing": True}
     if trains_critic:
         yield {"critic.model.gradient_checkpointing": True}
     yield from smaller_budgets(cfg, trains_critic)
-    if trains_critic and setting.device == "cuda":
+    if trains_critic and placement.device == "cuda":
         yield {"fsdp.offload_critic": True}
     yield {"actor.model.lora.rank": LORA_RANK}
     if trains_critic:
         yield {"critic.model.lora.rank": LORA_RANK}
 
 
-def smaller_shares(cfg: GadConfig, setting: Setting) -> Iterator[float]:
+def smaller_shares(cfg: GadConfig, placement: Placement) -> Iterator[float]:
     """Smaller shares of a GPU for the sampler that still hold its weights and a KV cache to work with."""
-    if not setting.device_gb or setting.engine != "vllm" or cfg.rollout.kv_cache_gb:
+    if not placement.device_gb or placement.engine != "vllm" or cfg.rollout.kv_cache_gb:
         return
     itemsize = compute_bytes(cfg.actor.model, "cuda")
-    weights = setting.student.causal_params * itemsize / cfg.rollout.tensor_parallel_size
-    token = setting.student.kv_bytes_per_token(itemsize) / cfg.rollout.tensor_parallel_size
+    weights = placement.student.causal_params * itemsize / cfg.rollout.tensor_parallel_size
+    token = placement.student.kv_bytes_per_token(itemsize) / cfg.rollout.tensor_parallel_size
     need = weights + ENGINE_RUNTIME["cuda"] + ANSWERS_AT_ONCE * cfg.rollout.max_model_len * token
     share = round(cfg.rollout.gpu_memory_utilization - 0.05, 2)
-    while share >= SMALLEST_SHARE and share * setting.device_gb * GIB >= need:
+    while share >= SMALLEST_SHARE and share * placement.device_gb * GIB >= need:
         yield share
         share = round(share - 0.05, 2)
 
@@ -120,7 +120,7 @@ def smaller_budgets(cfg: GadConfig, trains_critic: bool) -> Iterator[dict[str, A
             yield {f"{role}.micro_batch_tokens": budget}
 
 
-def advise(cfg: GadConfig, setting: Setting, limit_gb: float) -> Advice | None:
+def advise(cfg: GadConfig, placement: Placement, limit_gb: float) -> Advice | None:
     """The fewest of `ways` that bring the peak to `limit_gb`, or all that help; None if it fits as it is.
 
     First one way after the other until it fits, keeping those that lower the peak; then each is taken back that
@@ -128,13 +128,13 @@ def advise(cfg: GadConfig, setting: Setting, limit_gb: float) -> Advice | None:
     """
 
     def peak(values: Mapping[str, Any]) -> float:
-        return peak_gb(estimate(with_values(cfg, values), setting))
+        return peak_gb(estimate(with_values(cfg, values), placement))
 
     lowest = peak({})
     if lowest <= limit_gb:
         return None
     chosen: dict[str, Any] = {}
-    for change in ways(cfg, setting):
+    for change in ways(cfg, placement):
         tried = peak({**chosen, **change})
         if tried < lowest:
             chosen.update(change)
@@ -149,27 +149,27 @@ def advise(cfg: GadConfig, setting: Setting, limit_gb: float) -> Advice | None:
     return Advice(words, lowest, lowest <= limit_gb)
 
 
-def gpus_that_fit(cfg: GadConfig, setting: Setting, limit_gb: float) -> int | None:
+def gpus_that_fit(cfg: GadConfig, placement: Placement, limit_gb: float) -> int | None:
     """The fewest GPUs (of this kind, at these settings) whose share fits."""
     for gpus in MORE_GPUS:
-        if gpus > setting.world_size and peak_gb(estimate(cfg, on_gpus(setting, gpus))) <= limit_gb:
+        if gpus > placement.world_size and peak_gb(estimate(cfg, on_gpus(placement, gpus))) <= limit_gb:
             return gpus
     return None
 
 
-def on_gpus(setting: Setting, gpus: int) -> Setting:
+def on_gpus(placement: Placement, gpus: int) -> Placement:
     """The same models on so many GPUs, in machines of eight."""
-    device_gb = setting.device_gb if setting.device == "cuda" else GPU_GB
+    device_gb = placement.device_gb if placement.device == "cuda" else GPU_GB
     return replace(
-        setting, device="cuda", engine="vllm", world_size=gpus, device_gb=device_gb, local_size=min(gpus, GPUS_A_NODE)
+        placement, device="cuda", engine="vllm", world_size=gpus, device_gb=device_gb, local_size=min(gpus, GPUS_A_NODE)
     )
 
 
-def what_gpus_hold(cfg: GadConfig, setting: Setting) -> list[Holding]:
+def what_gpus_hold(cfg: GadConfig, placement: Placement) -> list[Holding]:
     """What 1, 8 and 16 GPUs of 80 GB would hold of this run."""
     holdings = []
     for gpus in CLUSTERS:
-        there = on_gpus(setting, gpus)
+        there = on_gpus(placement, gpus)
         fsdp = {"fsdp.replicate": cfg.fsdp.replicate if gpus % cfg.fsdp.replicate == 0 else 1}
         config = with_values(cfg, fsdp)
         limit = HEADROOM * GPU_GB
@@ -184,9 +184,6 @@ def holding_table(holdings: list[Holding], label_width: int) -> list[str]:
 
     def row(label: str, cells: list[str]) -> str:
         return f"  {label:<{label_width}}" + "".join(f"{cell:>11}" for cell in cells)
-
-    def gb(size: float) -> str:
-        return f"{size / GIB:.1f}"
 
     lines = [row("GiB a GPU", [f"{h.gpus} x 80 GB" for h in holdings])]
     for role in ("actor", "reference", "critic"):
@@ -207,27 +204,29 @@ def advice_text(advice: Advice, where: str) -> str:
     return f"{where}: too small" + (f" even with {words} ({advice.peak_gb:.0f} GiB)" if words else "")
 
 
-def too_large(cfg: GadConfig, setting: Setting, memory: MemoryEstimate, free_gb: Mapping[str, float]) -> Iterator[str]:
+def too_large(
+    cfg: GadConfig, placement: Placement, memory: MemoryEstimate, free_gb: Mapping[str, float]
+) -> Iterator[str]:
     """What does not fit this machine, each with what would make it fit."""
     peak = peak_gb(memory)
     if "device" in free_gb and peak > HEADROOM * free_gb["device"]:
         limit = HEADROOM * free_gb["device"]
         text = f"needs {peak:.0f} GiB a GPU, which has {free_gb['device']:.0f}"
-        yield f"{text}: {_way_out(cfg, setting, limit)}"
+        yield f"{text}: {_way_out(cfg, placement, limit)}"
     if "ram" in free_gb and memory.host_ram / GIB > free_gb["ram"]:
         text = f"needs {memory.host_ram / GIB:.1f} GiB of host memory, {free_gb['ram']:.1f} are free"
-        if setting.device == "cpu":
-            local = setting.local_size or setting.world_size
-            text += f": {_way_out(cfg, setting, free_gb['ram'] / local)}"
+        if placement.device == "cpu":
+            local = placement.local_size or placement.world_size
+            text += f": {_way_out(cfg, placement, free_gb['ram'] / local)}"
         yield text
 
 
-def _way_out(cfg: GadConfig, setting: Setting, limit_gb: float) -> str:
+def _way_out(cfg: GadConfig, placement: Placement, limit_gb: float) -> str:
     found = []
-    advice = advise(cfg, setting, limit_gb)
+    advice = advise(cfg, placement, limit_gb)
     if advice is not None and advice.fits:
         found.append(f"{' '.join(advice.overrides)} (then {advice.peak_gb:.1f})")
-    if setting.device == "cuda" and (gpus := gpus_that_fit(cfg, setting, limit_gb)):
+    if placement.device == "cuda" and (gpus := gpus_that_fit(cfg, placement, limit_gb)):
         found.append(f"{gpus} GPUs as it is")
     if found:
         return " or ".join(found)

@@ -25,8 +25,13 @@ HOST_PER_GPU_PROCESS = 5 * GIB
 HEAP_PIECES = 64 * 2**10  # bytes a layer and unit of width that glibc's heap holds free in pieces of no use (measured)
 
 
+def gb(size: float) -> str:
+    """Bytes in GiB, to one decimal."""
+    return f"{size / GIB:.1f}"
+
+
 @dataclass(frozen=True)
-class Setting:
+class Placement:
     """What the estimate depends on besides the config: the devices and the shapes of the models."""
 
     device: str  # cpu or cuda
@@ -199,22 +204,22 @@ def gathers_once(gather: str, world_size: int, total: int, trainable: int, items
 
 
 def estimate_model(
-    shape: ModelShape, cfg: ModelConfig, setting: Setting, fsdp: FsdpConfig, passes: Passes, *, causal: bool
+    shape: ModelShape, cfg: ModelConfig, placement: Placement, fsdp: FsdpConfig, passes: Passes, *, causal: bool
 ) -> ModelMemory:
     """A model that trains: the student (`causal`, with a vocabulary head) or the discriminator."""
-    itemsize = compute_bytes(cfg, setting.device)
-    shards = max(1, setting.world_size // fsdp.replicate)
+    itemsize = compute_bytes(cfg, placement.device)
+    shards = max(1, placement.world_size // fsdp.replicate)
     total = shape.causal_params if causal else shape.critic_params
     head = (0 if shape.tied else shape.embedding_params) if causal else shape.hidden + 1
     trainable = trainable_params(shape, cfg, total, head)
     adapters = trainable if cfg.lora.rank else 0
-    once = gathers_once(fsdp.gather, setting.world_size, total, trainable, itemsize)
+    once = gathers_once(fsdp.gather, placement.world_size, total, trainable, itemsize)
     # Resharding: the root unit (embedding, head) stays gathered, layers come one after another, the next prefetched.
     # Without: all units stay gathered from forward to backward.
     few = total - shape.layers * shape.layer_params + 2 * shape.layer_params
-    gathered = few if reshards(fsdp.reshard_after_forward, setting.world_size) and not once else total
-    offloads = not causal and fsdp.offload_critic and setting.device == "cuda"
-    if not is_sharded(setting.world_size, itemsize, offloads):
+    gathered = few if reshards(fsdp.reshard_after_forward, placement.world_size) and not once else total
+    offloads = not causal and fsdp.offload_critic and placement.device == "cuda"
+    if not is_sharded(placement.world_size, itemsize, offloads):
         gathered = 0
     # Whole gradients add up over micro-batches; each unit's turn into a shard when the last one's backward passes it.
     whole_gradients = once and passes.count > 1
@@ -223,8 +228,8 @@ def estimate_model(
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
         alive = min(LOGITS_CHUNK, passes.rows * passes.answer_tokens * shape.vocab)
         logits = LOGITS_COPIES * alive * FP32 + (0 if frozen_head else shape.embedding_params * FP32)
-    activations = activation_bytes(shape, cfg, passes, itemsize, setting.device)
-    largest_pieces = HEAP_PIECES * shape.layers * shape.hidden if setting.device == "cpu" else 0.0
+    activations = activation_bytes(shape, cfg, passes, itemsize, placement.device)
+    largest_pieces = HEAP_PIECES * shape.layers * shape.hidden if placement.device == "cpu" else 0.0
     return ModelMemory(
         parameters=total,
         trainable=trainable,
@@ -245,27 +250,27 @@ def estimate_reference(shape: ModelShape, shards: int) -> ModelMemory:
     return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def kv_cache_bytes(cfg: GadConfig, setting: Setting, weights: float) -> float:
+def kv_cache_bytes(cfg: GadConfig, placement: Placement, weights: float) -> float:
     """KV cache of one engine: `rollout.kv_cache_gb`, else the engine's own rule."""
-    rollout, shape = cfg.rollout, setting.student
-    itemsize = compute_bytes(cfg.actor.model, setting.device)
+    rollout, shape = cfg.rollout, placement.student
+    itemsize = compute_bytes(cfg.actor.model, placement.device)
     token_bytes = shape.kv_bytes_per_token(itemsize) / rollout.tensor_parallel_size
-    if setting.engine == "hf":
-        sequences = cfg.data.train_batch_size * rollout.n / setting.world_size
+    if placement.engine == "hf":
+        sequences = cfg.data.train_batch_size * rollout.n / placement.world_size
         return min(sequences, rollout.max_num_seqs) * rollout.max_model_len * token_bytes
     if rollout.kv_cache_gb:
         return rollout.kv_cache_gb * GIB
-    if setting.device == "cuda" and setting.device_gb:
-        return max(0.0, rollout.gpu_memory_utilization * setting.device_gb * GIB - weights - ENGINE_RUNTIME["cuda"])
+    if placement.device == "cuda" and placement.device_gb:
+        return max(0.0, rollout.gpu_memory_utilization * placement.device_gb * GIB - weights - ENGINE_RUNTIME["cuda"])
     wanted = token_bytes * rollout.max_model_len * rollout.max_num_seqs
-    if setting.device == "cuda":
+    if placement.device == "cuda":
         return wanted
     return max(token_bytes * (rollout.max_model_len + 256), min(max(wanted, KV_CPU_RANGE[0]), KV_CPU_RANGE[1]))
 
 
-def passes_of(cfg: GadConfig, setting: Setting, mini_batch: int, budget: int, answers: int) -> Passes:
+def passes_of(cfg: GadConfig, placement: Placement, mini_batch: int, budget: int, answers: int) -> Passes:
     """The passes of one optimiser step on one device, every row (a prompt, its answers behind it) at its limit."""
-    rows = max(1, (mini_batch or cfg.data.train_batch_size) // setting.world_size)
+    rows = max(1, (mini_batch or cfg.data.train_batch_size) // placement.world_size)
     answer_tokens = answers * cfg.data.max_response_length
     return cut_passes(cfg.data.max_prompt_length + answer_tokens, answer_tokens, budget, rows, answers)
 
@@ -277,20 +282,20 @@ def needs_reference(cfg: GadConfig) -> bool:
     return cfg.actor.objective == "policy" and (in_loss or in_reward)
 
 
-def estimate(cfg: GadConfig, setting: Setting) -> MemoryEstimate:
+def estimate(cfg: GadConfig, placement: Placement) -> MemoryEstimate:
     """The whole estimate; an upper bound in lengths (every row at its limit), typical in the rest."""
     answers = {"policy": cfg.rollout.n, "soda": 2}.get(cfg.actor.objective, 1)
-    passes = passes_of(cfg, setting, cfg.actor.ppo_mini_batch_size, cfg.actor.micro_batch_tokens, answers)
-    actor = estimate_model(setting.student, cfg.actor.model, setting, cfg.fsdp, passes, causal=True)
+    passes = passes_of(cfg, placement, cfg.actor.ppo_mini_batch_size, cfg.actor.micro_batch_tokens, answers)
+    actor = estimate_model(placement.student, cfg.actor.model, placement, cfg.fsdp, passes, causal=True)
     critic = None
-    if setting.critic is not None and cfg.trainer.critic_warmup >= 0:
+    if placement.critic is not None and cfg.trainer.critic_warmup >= 0:
         answers = cfg.rollout.n + 1  # the teacher's answer goes with the student's
-        passes = passes_of(cfg, setting, cfg.critic.ppo_mini_batch_size, cfg.critic.micro_batch_tokens, answers)
-        critic = estimate_model(setting.critic, cfg.critic.model, setting, cfg.fsdp, passes, causal=False)
-    shards = max(1, setting.world_size // cfg.fsdp.replicate)
+        passes = passes_of(cfg, placement, cfg.critic.ppo_mini_batch_size, cfg.critic.micro_batch_tokens, answers)
+        critic = estimate_model(placement.critic, cfg.critic.model, placement, cfg.fsdp, passes, causal=False)
+    shards = max(1, placement.world_size // cfg.fsdp.replicate)
     own = needs_reference(cfg) and not cfg.actor.model.lora.rank  # with LoRA it is the student, its adapters off
-    reference = estimate_reference(setting.student, shards) if own else None
-    return _peaks(cfg, setting, actor, reference, critic)
+    reference = estimate_reference(placement.student, shards) if own else None
+    return _peaks(cfg, placement, actor, reference, critic)
 
 
 @dataclass(frozen=True)
@@ -303,26 +308,26 @@ class SamplerMemory:
     runtime: float = 0.0
 
 
-def estimate_sampler(cfg: GadConfig, setting: Setting) -> SamplerMemory:
+def estimate_sampler(cfg: GadConfig, placement: Placement) -> SamplerMemory:
     """vLLM keeps its KV cache; transformers makes one in each rollout, beside every token's logits (twice)."""
     if cfg.actor.objective == "sft" and cfg.stage == "seqkd" and not (cfg.data.val_files or cfg.data.val_rows):
         return SamplerMemory()  # nothing is sampled
-    itemsize = compute_bytes(cfg.actor.model, setting.device)
-    weights = setting.student.causal_params * itemsize / cfg.rollout.tensor_parallel_size
-    kv = kv_cache_bytes(cfg, setting, weights)
-    if setting.engine == "vllm":
-        return SamplerMemory(weights, kv, 0.0, ENGINE_RUNTIME[setting.device])
-    sequences = min(cfg.data.train_batch_size * cfg.rollout.n / setting.world_size, cfg.rollout.max_num_seqs)
-    logits = 2 * sequences * cfg.data.max_response_length * setting.student.vocab * FP32
+    itemsize = compute_bytes(cfg.actor.model, placement.device)
+    weights = placement.student.causal_params * itemsize / cfg.rollout.tensor_parallel_size
+    kv = kv_cache_bytes(cfg, placement, weights)
+    if placement.engine == "vllm":
+        return SamplerMemory(weights, kv, 0.0, ENGINE_RUNTIME[placement.device])
+    sequences = min(cfg.data.train_batch_size * cfg.rollout.n / placement.world_size, cfg.rollout.max_num_seqs)
+    logits = 2 * sequences * cfg.data.max_response_length * placement.student.vocab * FP32
     return SamplerMemory(weights, 0.0, kv + logits)
 
 
 def _peaks(
-    cfg: GadConfig, setting: Setting, actor: ModelMemory, reference: ModelMemory | None, critic: ModelMemory | None
+    cfg: GadConfig, placement: Placement, actor: ModelMemory, reference: ModelMemory | None, critic: ModelMemory | None
 ) -> MemoryEstimate:
-    on_gpu = setting.device == "cuda"
-    sampler = estimate_sampler(cfg, setting)
-    runtime = RUNTIME[setting.device] + sampler.runtime
+    on_gpu = placement.device == "cuda"
+    sampler = estimate_sampler(cfg, placement)
+    runtime = RUNTIME[placement.device] + sampler.runtime
     host = 0.0
     resident = actor.resident + runtime
     for model, offloaded in ((reference, cfg.fsdp.offload_reference), (critic, cfg.fsdp.offload_critic)):
@@ -343,10 +348,10 @@ def _peaks(
         updates.append(critic.updating - (critic.gradients if cfg.fsdp.offload_critic and on_gpu else 0))
     sleeps = cfg.rollout.sleep and on_gpu
     host += sampler.weights if sleeps else 0
-    largest_tensor = setting.student.embedding_params * FP32
+    largest_tensor = placement.student.embedding_params * FP32
     training_peak = resident + max(updates) + (0 if sleeps else sampler.weights + sampler.kv_cache)
     rollout_peak = resident + largest_tensor + sampler.weights + sampler.kv_cache + sampler.rollout_only
-    local = setting.local_size or max(1, setting.world_size // cfg.trainer.nnodes)
+    local = placement.local_size or max(1, placement.world_size // cfg.trainer.nnodes)
     if on_gpu:  # every process reads the whole model into host memory before it keeps its shard
         host_ram = local * (HOST_PER_GPU_PROCESS + host + actor.parameters * FP32)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from gadcli.config.checks import check
 from gadcli.config.fit import CLUSTERS, LARGE, Holding, advice_text, holding_table, too_large, what_gpus_hold
-from gadcli.config.memory import GIB, MemoryEstimate, ModelMemory, Setting, estimate
+from gadcli.config.memory import GIB, MemoryEstimate, ModelMemory, Placement, estimate, gb
 from gadcli.config.modelinfo import ModelShape, model_shape
 from gadcli.config.schema import GadConfig
 from gadcli.config.tree import flatten
@@ -274,10 +274,6 @@ def billions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-def gb(size: float) -> str:
-    return f"{size / GIB:.1f}"
-
-
 def wrap(label: str, text: str, width: int) -> list[str]:
     """`label` in a column, `text` beside it, broken at spaces."""
     room = max(20, width - LABEL_WIDTH - 2)
@@ -344,14 +340,14 @@ def make_plan(
     memory = None
     elsewhere: list[Holding] = []
     if student and (critic or not has_critic):
-        setting = Setting(device, engine, world_size, student, critic, free.get("device"))
-        memory = estimate(cfg, setting)
-        found += too_large(cfg, setting, memory, free)
+        placement = Placement(device, engine, world_size, student, critic, free.get("device"))
+        memory = estimate(cfg, placement)
+        found += too_large(cfg, placement, memory, free)
         if "disk" in free and memory.disk / GIB > free["disk"]:
             found.append(f"checkpoints need {memory.disk / GIB:.1f} GiB of disk, {free['disk']:.1f} are free")
         here = memory.host_ram / GIB <= free.get("ram", memory.host_ram / GIB)
         if device == "cpu" and cfg.trainer.device == "auto" and (student.causal_params >= LARGE or not here):
-            elsewhere = what_gpus_hold(cfg, setting)
+            elsewhere = what_gpus_hold(cfg, placement)
     return Plan(
         cfg, rows, dropped, steps, world_size, device, engine, student, critic, memory, found, origins or {}, free,
         elsewhere,

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -86,15 +87,16 @@ def schema_sections() -> frozenset[str]:
     return frozenset(sections)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config's values by dotted key."""
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key: of a config, or of nested mappings such as a config file's (empty ones are values)."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            values |= flatten(value, f"{prefix}{field.name}.")
-        else:
-            values[f"{prefix}{field.name}"] = value
+    if isinstance(tree, Mapping):
+        pairs = [(key, value, isinstance(value, Mapping) and bool(value)) for key, value in tree.items()]
+    else:  # a mapping inside a config is one value
+        fields = [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
+        pairs = [(name, value, dataclasses.is_dataclass(value)) for name, value in fields]
+    for name, value, is_section in pairs:
+        values |= flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
     return values
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
+from gadcli.config.tree import flatten
 from gadcli.dashboard.draw import MARKS, duration
 from gadcli.dashboard.plots import PLOT_HEIGHT, PLOT_WIDTH, plot_of, safe, svg_style
 from gadcli.dashboard.view import RunView
 from gadcli.dashboard.words import RESUME
-from gadcli.metrics.compare import flatten, settings
+from gadcli.metrics.compare import settings
 from gadcli.metrics.facts import read_config
 from gadcli.metrics.health import group_levels, number
 from gadcli.metrics.samples import Sample, highest_scored

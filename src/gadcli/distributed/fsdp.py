@@ -1,8 +1,8 @@
-"""When FSDP2 gathers whole weights and reduces gradients: in every micro-batch, or once an optimiser step.
+"""Sharding by FSDP2, and when it gathers whole weights and reduces gradients: in every micro-batch or once a step.
 
-Once a step is what `config.memory.gathers_once` grants: weights then stay whole from the first micro-batch's forward
-pass to the last one's backward pass, gradients add up whole on each rank, and one reduce-scatter ends the step. The sum
-is the same; only the order of its additions differs.
+Once an optimiser step is what `config.memory.gathers_once` grants: weights then stay whole from the first
+micro-batch's forward pass to the last one's backward pass, gradients add up whole on each rank, and one reduce-scatter
+ends the step. The sum is the same; only the order of its additions differs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method as as_forward
+
+from gadcli.config.memory import gathers_once, is_sharded, reshards
+from gadcli.config.schema import FsdpConfig
+from gadcli.distributed.world import World
+
+
+def shard(model: Any, world: World, cfg: FsdpConfig, dtype: str, *, offload: bool = False) -> Any:
+    """FSDP2: each decoder layer a unit, the rest the root. bf16 compute keeps float32 masters and reductions.
+
+    Returns the same model; its parameters are DTensors on `world.mesh`, or plain tensors on the device where FSDP2
+    would only copy them (`config.memory.is_sharded`). `gad_gathers_once`: see above.
+    """
+    compute = resolve_dtype(dtype, world.device)
+    offload = offload and world.device.type == "cuda"
+    model.gad_gathers_once, model.gad_ends_step = False, True
+    if not is_sharded(world.size, compute.itemsize, offload):
+        # Weights are mapped from the checkpoint's file until they move: what becomes of that file must not matter.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.to(world.device, copy=True)
+        return model
+    total, trainable = (sum(p.numel() for p in some) for some in (model.parameters(), trainable_parameters(model)))
+    model.gad_gathers_once = gathers_once(cfg.gather, world.size, total, trainable, compute.itemsize)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "reshard_after_forward": reshards(cfg.reshard_after_forward, world.size) and not model.gad_gathers_once,
+        "mp_policy": policy or MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    for method in ("answer_logprobs", "answer_values", "answer_values_and_embeds"):
+        if hasattr(model, method):
+            as_forward(model, method)
+    return model
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def begin_micro_batch(model: Any, *, last: bool) -> None:

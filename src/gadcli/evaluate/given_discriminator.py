@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from gadcli.checkpoint.resolve_model import resolve_model
 from gadcli.config.schema import CriticConfig, FsdpConfig, ModelConfig
+from gadcli.distributed.fsdp import shard
 from gadcli.distributed.world import World
 from gadcli.errors import ConfigError
 from gadcli.model.critic import Critic
-from gadcli.model.loading import load_critic, shard
+from gadcli.model.loading import load_critic
 from gadcli.model.optim import Optimizer
 from gadcli.model.packing import Group
 

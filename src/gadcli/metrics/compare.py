@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gadcli.config.tree import flatten
 from gadcli.metrics.health import WINDOW, median
 from gadcli.metrics.runlog import RunLog
 from gadcli.metrics.table import METRICS
@@ -19,18 +20,6 @@ class MetricRow:
     name: str
     values: tuple[float, ...]
     differs: bool
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{dotted}.")
-        else:
-            flat[dotted] = value
-    return flat
 
 
 def settings(header: Mapping[str, Any]) -> dict[str, Any]:

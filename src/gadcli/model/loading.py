@@ -1,7 +1,7 @@
-"""Loading, cutting, adapting and sharding the student, its reference and the discriminator.
+"""Loading, cutting and adapting the student, its reference and the discriminator.
 
 Models keep their Hugging Face names; the passes the trainer needs, `answer_logprobs` and `answer_values`, are attached
-as methods that FSDP2 treats as forward passes. Shapes: see `engine.layout`.
+as methods that FSDP2 treats as forward passes. Shapes: see `model.packing`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method as as_forward
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
-from gadcli.config.memory import gathers_once, is_sharded, reshards
-from gadcli.config.schema import FsdpConfig, LoraConfig, ModelConfig
-from gadcli.distributed.world import World
+from gadcli.config.schema import LoraConfig, ModelConfig
 from gadcli.errors import ConfigError
 from gadcli.model.attention import SHARED, SHARED_PLAIN
 from gadcli.model.chunked_logprobs import head_logprobs
@@ -168,44 +164,6 @@ def _freeze_below(model: PreTrainedModel, train_layers: int) -> None:
         layer.requires_grad_(False)
 
 
-def shard(model: PreTrainedModel, world: World, cfg: FsdpConfig, dtype: str, *, offload: bool = False) -> Any:
-    """FSDP2: each decoder layer a unit, the rest the root. bf16 compute keeps float32 masters and reductions.
-
-    Returns the same model; its parameters are DTensors on `world.mesh`, or plain tensors on the device where FSDP2
-    would only copy them (`config.memory.is_sharded`). `gad_gathers_once`: see `engine.gathering`.
-    """
-    compute = resolve_dtype(dtype, world.device)
-    offload = offload and world.device.type == "cuda"
-    model.gad_gathers_once, model.gad_ends_step = False, True
-    if not is_sharded(world.size, compute.itemsize, offload):
-        # Weights are mapped from the checkpoint's file until they move: what becomes of that file must not matter.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.to(world.device, copy=True)
-        return model
-    total, trainable = (sum(p.numel() for p in some) for some in (model.parameters(), trainable_parameters(model)))
-    model.gad_gathers_once = gathers_once(cfg.gather, world.size, total, trainable, compute.itemsize)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None
-    options: dict[str, Any] = {
-        "mesh": world.mesh,
-        "reshard_after_forward": reshards(cfg.reshard_after_forward, world.size) and not model.gad_gathers_once,
-        "mp_policy": policy or MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-    }
-    for layer in model.model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
-    for method in ("answer_logprobs", "answer_values", "answer_values_and_embeds"):
-        if hasattr(model, method):
-            as_forward(model, method)
-    return model
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-
-
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Run the frozen base of a LoRA model: the reference policy at no memory of its own."""
@@ -228,7 +186,3 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]

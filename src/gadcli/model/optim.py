@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from gadcli.config.schema import OptimConfig
+from gadcli.distributed.fsdp import trainable_parameters
 from gadcli.errors import UnhealthyError
-from gadcli.model.loading import trainable_parameters
 
 
 def lr_at(update: int, total_updates: int, cfg: OptimConfig) -> float:

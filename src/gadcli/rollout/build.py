@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 from gadcli.config.schema import RolloutConfig
+from gadcli.distributed.fsdp import resolve_dtype
 from gadcli.distributed.world import World
 from gadcli.errors import ConfigError
-from gadcli.model.loading import resolve_dtype
 from gadcli.rollout.sampler import Sampler
 
 

@@ -18,11 +18,13 @@ from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, count_overlap, open_dataset
 from gadcli.data.order import BatchOrder
 from gadcli.data.tokenize import eos_id_of, load_tokenizer
+from gadcli.distributed.fsdp import resolve_dtype, shard
+from gadcli.distributed.signals import StopFlag
 from gadcli.distributed.world import World, init_world
 from gadcli.errors import ConfigError, DataError
 from gadcli.model.actor import Actor, Reference
 from gadcli.model.critic import Critic
-from gadcli.model.loading import load_actor, load_critic, resolve_dtype, shard
+from gadcli.model.loading import load_actor, load_critic
 from gadcli.model.optim import Optimizer
 from gadcli.rewards.build import RewardSet
 from gadcli.rollout.build import build_sampler
@@ -30,7 +32,6 @@ from gadcli.rollout.weight_sync import make_probe
 from gadcli.train.records import Records
 from gadcli.train.run import Progress, Run
 from gadcli.train.saving import agree_on_checkpoint, restore
-from gadcli.train.signals import StopFlag
 
 
 def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run:

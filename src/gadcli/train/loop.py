@@ -10,10 +10,9 @@ from gadcli.distributed.world import max_over_ranks, sum_over_ranks
 from gadcli.model.critic import Scores
 from gadcli.model.rollout_batch import Rollout
 from gadcli.train.evaluation import evaluate
-from gadcli.train.measure import host_metrics, length_metrics
 from gadcli.train.run import Run
 from gadcli.train.saving import collect, save
-from gadcli.train.steplog import StepLog
+from gadcli.train.steplog import StepLog, host_metrics, length_metrics
 
 
 def steps(run: Run) -> Iterator[tuple[int, list[TokenizedRow]]]:

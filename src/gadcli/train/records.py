@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcli.config.schema import GadConfig
+from gadcli.config.tree import flatten
 from gadcli.distributed.world import World
 from gadcli.errors import UnhealthyError
 from gadcli.metrics.diagnose import Watch
@@ -45,14 +46,14 @@ class Records:
         self.writer = MetricsWriter(run_dir, append=True)
         if "tensorboard" in cfg.trainer.logger:
             sink = TensorBoardSink(run_dir / "tensorboard", purge_step=start_step + 1, texts_until=told)
-            sink.hparams(flat(dataclasses.asdict(cfg)))
+            sink.hparams(flatten(cfg))
             self.sinks.append(sink)
         if "wandb" in cfg.trainer.logger:
             wandb = WandbSink(
                 run_dir,
                 project="gad",
                 name=cfg.trainer.exp_name,
-                config=flat(dataclasses.asdict(cfg)),
+                config=flatten(cfg),
                 fresh=start_step == 0,
             )
             self.writer.event("wandb", wandb.note, step=start_step)
@@ -139,12 +140,3 @@ class Records:
         for sink in self.sinks:
             sink.close()
         self.sinks = []
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        out |= flat(value, name + ".") if isinstance(value, Mapping) else {name: value}
-    return out

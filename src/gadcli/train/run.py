@@ -11,6 +11,7 @@ from typing import Any
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, TokenizedRow
 from gadcli.data.order import BatchOrder
+from gadcli.distributed.signals import StopFlag
 from gadcli.distributed.watchdog import WATCHDOG
 from gadcli.distributed.world import World, sum_over_ranks
 from gadcli.model.actor import Actor, Reference
@@ -23,7 +24,6 @@ from gadcli.rollout.sampler import Sampler, Sampling, request_seed
 from gadcli.rollout.weight_sync import Probe
 from gadcli.train.async_save import BackgroundSaver
 from gadcli.train.records import Records
-from gadcli.train.signals import StopFlag
 from gadcli.train.steplog import StepLog
 
 

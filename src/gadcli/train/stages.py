@@ -1,4 +1,4 @@
-"""Stages warmup and gad, which are one loop: the critic learns at every step, the actor once it is released.
+"""The stages' loops: seqkd, where the student learns the teacher's text; warmup and gad, which are one loop.
 
 Shapes: P prompts on this rank, G answers a prompt, B = P*G rows, T the longest answer.
 """
@@ -18,6 +18,15 @@ from gadcli.train.mixing import mixed_rewards
 from gadcli.train.probe_set import keep_start
 from gadcli.train.run import Run
 from gadcli.train.steplog import StepLog
+
+
+def train_seqkd(run: Run) -> None:
+    """One optimiser step a batch of teacher answers; no critic exists."""
+    for step, rows in steps(run):
+        log = StepLog(step, run.on_phase)
+        with log.phase("actor"):
+            log.add(run.actor.sft_update(teacher_groups(rows)))
+        finish_step(run, log, rows)
 
 
 def train_adversarial(run: Run) -> None:

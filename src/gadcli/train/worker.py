@@ -93,9 +93,8 @@ def train(run_dir: Path, resume: bool) -> int:
     with _no_collection():
         from gadcli.train.build import build_run, close_run
         from gadcli.train.loop import evaluate_once, finish
-        from gadcli.train.seqkd import train_seqkd
         from gadcli.train.soda import train_soda
-        from gadcli.train.stages import train_adversarial
+        from gadcli.train.stages import train_adversarial, train_seqkd
 
         run = build_run(cfg, run_dir, resume_from=resume_from)
     for message in skipped:

@@ -1,4 +1,4 @@
-"""What `gad losslab` reads, computes and prints: sources of scores and numbers, the examination, its tables."""
+"""What `gad losslab` reads and computes: sources of scores and hyperparameters, the examination, its verdicts."""
 
 from __future__ import annotations
 
@@ -169,77 +169,6 @@ def verdicts(lab: Lab) -> list[str]:
         if loss.stored and name == lab.used and gaps and abs(loss.stored.norm_gap / sure.norm_gap - 1) < 0.25:
             said.append(f"the run's norm gap, {loss.stored.norm_gap:.4f}, is that resting point: not convergence.")
     return said
-
-
-def show(lab: Lab) -> None:
-    """The tables and the plot on stdout."""
-    from rich.console import Console
-
-    from gadcli.cli.losslab_plot import terminal_plot
-
-    console = Console()
-    console.print(
-        f"Lengths: teacher {lab.t_len:.0f}, student {lab.s_len:.0f} tokens. critic.values={lab.values}. "
-        f"norm gap = teacher/length - student/length.\n"
-    )
-    if lab.scores is not None:
-        first = lab.losses[0].stored
-        assert first is not None
-        console.print(
-            f"Step {lab.scores.step}: {first.pairs} stored pairs, raw gap {first.raw_gap:.4g}, norm gap "
-            f"{first.norm_gap:.4g}, d_acc {first.d_acc:.3f}"
-        )
-        rows = [[_name(lab, x), f"{x.stored.value:.4g}", f"{x.stored.gradient:.2e}"] for x in lab.losses if x.stored]
-        _table(console, "Stored scores through each loss", ["loss", "value", "|gradient| a pair"], rows)
-    rows = [[_name(lab, x), *_rest_cells(x.rests[1.0])] for x in lab.losses]
-    _table(console, "Where each loss rests, texts always told apart",
-           ["loss", "raw gap", "norm gap", "rank loss", "held by"], rows)  # fmt: skip
-    rows = [[_name(lab, x), *(_number(x.rests[p].norm_gap) for p in ACCURACIES)] for x in lab.losses]
-    _table(console, "... and its norm gap where evidence is right with probability p",
-           ["loss", *(f"p {p:g}" for p in ACCURACIES)], rows)  # fmt: skip
-    for x in lab.losses:
-        if x.spreads:
-            rows = [[_number(at.spread), f"{at.d_acc:.2f}", _number(at.raw_gap), _number(at.norm_gap),
-                     f"{at.ranking_loss:.4f}"] for at in x.spreads]  # fmt: skip
-            _table(console, f"{x.spec.name}: at rest while scores scatter",
-                   ["std", "d_acc", "raw gap", "norm gap", "rank loss"], rows)  # fmt: skip
-    unit = "raw score" if lab.values == "last" else "value a token"
-    rows = [[_name(lab, x), *(f"{at.gradient:.1e}" for at in x.points)] for x in lab.losses]
-    _table(console, f"Gradient size at a gap of ({unit})", ["loss", *(f"{gap:g}" for gap in TABLE_GAPS)], rows)
-    for line in terminal_plot(lab, min(console.width, 80)):
-        console.print(line, markup=False, highlight=False)
-    console.print()
-    for line in verdicts(lab):
-        console.print(f"- {line}", markup=False, highlight=False)
-
-
-def _table(console: Any, title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _name(lab: Lab, loss: Examined) -> str:
-    return f"{loss.spec.name} *" if lab.scores is not None and loss.spec.name == lab.used else loss.spec.name
-
-
-def _rest_cells(at: Rest) -> list[str]:
-    if at.kind == "none":
-        return ["grows", "grows", "-> 0", "nothing"]
-    held = "clamp" if at.kind == "clamp" else "norm only" if at.raw_gap_free else "raw scores"
-    return [_number(at.raw_gap), _number(at.norm_gap), f"{at.ranking_loss:.4f}", held]
-
-
-def _number(x: float) -> str:
-    if math.isnan(x):
-        return "grows"
-    return f"{x:.4f}" if 1e-3 < abs(x) < 1 else f"{x:.3g}"
 
 
 def _mean(values: Sequence[float]) -> float:
