@@ -49,6 +49,7 @@ COMMANDS: dict[str, Entry] = {
     "demo": Entry("Start here", "demo:main", "All three stages on the embedded default, and what they changed."),
     "doctor": Entry("Start here", "doctor:main", "What this machine has: devices, engines, versions, disk."),
     "data": Entry("Prepare", "data:app", "Analyse, check and collect training data."),
+    "cut": Entry("Prepare", "merge:cut", "A smaller student: some layers of a model, as a model folder."),
     "preset": Entry("Prepare", "preset:app", "List, show and compare presets."),
     "train": Entry("Train", "train:app", "Run one stage: seqkd, warmup or gad."),
     "run": Entry("Train", "train:run", "Run the stages in a row, each fed by the one before."),

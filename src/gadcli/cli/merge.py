@@ -1,4 +1,4 @@
-"""`gad merge`: checkpoint shards (ours or verl's) to a Hugging Face folder that vLLM and transformers load."""
+"""`gad merge` and `gad cut`: model folders made from checkpoint shards (ours or verl's), and from a larger model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from gadcli.cli.common import JsonOption, QuietOption
 
 if TYPE_CHECKING:
     from gadcli.checkpoint.merge.to_huggingface import MergeOptions, MergeReport
@@ -22,6 +24,7 @@ _DTYPES = {
     "half": "float16",
 }
 EXIT_TERMINATED = 143
+MOST_LAYERS = 10_000
 LOG_SECONDS = 15.0  # between lines of progress where stderr is a file
 
 
@@ -209,3 +212,55 @@ def _print(reports: list[MergeReport], seconds: float, dry_run: bool, as_json: b
         else:
             checks = f"; verified: {', '.join(report.verified)}" if report.verified else "; not verified"
             print(f"{report.out}: {report.tensors} tensors, {human_bytes(report.nbytes)} in {seconds:.1f} s{checks}")
+
+
+def cut(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub name, HF folder, .gguf, global_step_N/actor, or embedded.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New folder to write.")],
+    layers: Annotated[
+        int, typer.Option("--layers", "-n", metavar="N", min=0, help="How many to keep; 0 keeps a quarter of them.")
+    ] = 0,
+    keep: Annotated[
+        str, typer.Option("--keep", metavar="LIST", help="Which layers to keep instead, from 0: 0-5,28,29.")
+    ] = "",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a smaller student: chosen layers of a model, as an ordinary model folder.
+
+    Of N layers the first three quarters come from the bottom of the model and the rest from its top, so that the first
+    and the last are kept. The student has to be trained (stage seqkd) before its answers make sense.
+    """
+    from dataclasses import asdict
+
+    from gadcli.checkpoint.cut import cut_model
+    from gadcli.checkpoint.resolve_model import resolve_model
+    from gadcli.cli.common import print_json
+    from gadcli.errors import ConfigError
+
+    if keep and layers:
+        raise ConfigError("--layers and --keep both say which layers to keep", "give one of them")
+    report = cut_model(resolve_model(model), out, count=layers, keep=parse_layers(keep), name=model)
+    if as_json:
+        print_json(asdict(report) | {"out": str(out)})
+    elif not quiet:
+        kept = ", ".join(map(str, report.kept))
+        print(
+            f"{out}: layers {kept} of {report.layers}; {report.parameters:,} of {report.base_parameters:,} parameters"
+        )
+
+
+def parse_layers(text: str) -> list[int]:
+    """`0-5,28,29` as numbers. Raises ConfigError."""
+    from gadcli.errors import ConfigError
+
+    found: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MOST_LAYERS):
+            raise ConfigError(f"--keep {text!r}: not layer numbers", "--keep 0-5,28,29")
+        found += range(int(first), int(last) + 1)
+    return found

@@ -177,7 +177,11 @@ class Checker:
             self.fail("rollout.sleep", message, "rollout.sleep=false")
         if cfg.actor.model.num_layers:
             message = "actor.model.num_layers cuts the student, but the sampler would run all of its layers"
-            self.fail("actor.model.num_layers", message, "actor.model.num_layers=0 (critic.model.num_layers is fine)")
+            self.fail(
+                "actor.model.num_layers",
+                message,
+                "gad cut MODEL -o DIR --layers N makes a smaller student; actor.model.num_layers=0",
+            )
         if cfg.actor.model.lora.dropout and cfg.actor.objective in ("policy", "soda"):
             message = (
                 "actor.model.lora.dropout makes log-probs that are compared differ by chance under "
