@@ -35,13 +35,13 @@ def judge(stage: str, *overrides: str, world_size: int = 1, preset: str | None =
          "does not train the critic", "trainer.critic_warmup=0"),
         ("seqkd", ["trainer.critic_warmup=0"], 1, "seqkd has no critic", "trainer.critic_warmup=-1"),
         # 128 prompts over 3 processes: the nearest multiple of 3 is 129
-        ("gad", [], 3, "which 3 processes cannot share evenly", "data.train_batch_size=129"),
+        ("gad", [], 3, "not divisible by 3 processes", "data.train_batch_size=129"),
         # 128 = 2 * 64; the divisor of 128 nearest to 48 is 32 or 64 (both 16 away), the smaller is offered
         ("gad", ["actor.ppo_mini_batch_size=48"], 1, "does not divide data", "actor.ppo_mini_batch_size=32"),
         ("gad", ["critic.ppo_mini_batch_size=48"], 1, "critic.ppo_mini_batch_size is 48", "ppo_mini_batch_size=32"),
-        ("gad", ["actor.ppo_mini_batch_size=2"], 4, "4 processes cannot share", "actor.ppo_mini_batch_size=0"),
+        ("gad", ["actor.ppo_mini_batch_size=2"], 4, "not divisible by 4 processes", "actor.ppo_mini_batch_size=0"),
         ("gad", ["fsdp.replicate=3"], 4, "divide the 4 processes", "fsdp.replicate=1"),
-        ("gad", ["rollout.tensor_parallel_size=3"], 4, "divide the 4 processes of a machine", "parallel_size=1"),
+        ("gad", ["rollout.tensor_parallel_size=3"], 4, "divide the 4 processes per machine", "parallel_size=1"),
         # 4 processes on 2 machines: an engine of 4 would span both
         ("gad", ["rollout.tensor_parallel_size=4", "trainer.nnodes=2"], 4, "divide the 2 processes", "size=1"),
         ("gad", ["rollout.tensor_parallel_size=2", "rollout.engine=hf"], 4, "on every process alone", "size=1"),
@@ -129,11 +129,11 @@ def test_sft_and_soda_need_no_group() -> None:
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["algorithm.kl_ctrl.kl_coef=0.001"], "algorithm.kl_ctrl.kl_coef=0.001 is inert"),
+        (["algorithm.kl_ctrl.kl_coef=0.001"], "algorithm.kl_ctrl.kl_coef=0.001 has no effect"),
         (["algorithm.use_kl_in_reward=true"], "nothing is subtracted"),
         (["actor.use_kl_loss=true", "actor.kl_loss_coef=0"], "the reference is run for nothing"),
         (["rollout.temperature=0.1"], "hardly differ"),
-        (["data.train_files=[a.parquet]", "trainer.test_freq=5"], "trainer.test_freq: inert without held-out rows"),
+        (["data.train_files=[a.parquet]", "trainer.test_freq=5"], "trainer.test_freq: no effect without held-out rows"),
         (["critic.loss=v1"], "no upper bound"),
         (["critic.values=all", "data.max_response_length=512"], "saturates"),
         (["trainer.tensorboard.host=0.0.0.0"], "reachable from outside"),

@@ -211,9 +211,9 @@ def test_checkpoints_hold_weights_and_moments_and_one_more_while_writing() -> No
 def test_the_printed_plan_holds_the_numbers_and_marks_overrides() -> None:
     text = "\n".join(plan("warmup", "chengla-8b", "actor.optim.lr=2e-6", dropped=12).render())
     for expected in (
-        "1,000 kept, 12 dropped; 7 steps an epoch of 128 prompts x 8 answers; 104 left over", "56 (8 epochs of 7)",
+        "1,000 kept, 12 dropped; 7 steps per epoch of 128 prompts x 8 answers; 104 left over", "56 (8 epochs of 7)",
         "critic alone in the first 10", "optim.lr=2e-06*", "clip_ratio_low=0.1", "loss=final", "n=8", "temperature=0.8",
-        "runs/chengla-8b-warmup/", "global_step_56/{actor,critic,trainer}", "is inert", "134.5 M",
+        "runs/chengla-8b-warmup/", "global_step_56/{actor,critic,trainer}", "has no effect", "134.5 M",
     ):  # fmt: skip
         assert expected in " ".join(text.split()), expected
 

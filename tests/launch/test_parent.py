@@ -50,7 +50,7 @@ def test_a_dry_run_prints_the_steps_and_writes_nothing(place: Path) -> None:
     done = seqkd(place, "--dry-run", "trainer.total_steps=0", "trainer.total_epochs=4")
     assert done.returncode == 0, done.stderr
     # 50 rows in batches of 8: 6 steps an epoch, 2 rows left over; 4 epochs: 24 steps
-    assert "6 steps an epoch" in done.stdout and "24 (4 epochs of 6)" in done.stdout
+    assert "6 steps per epoch" in done.stdout and "24 (4 epochs of 6)" in done.stdout
     assert sorted(p.name for p in place.iterdir()) == ["train.parquet"]
 
 

@@ -21,7 +21,7 @@ COLD = 0.3  # temperature below which a group's samples are nearly equal
 
 
 class Checker:
-    """One configuration under judgement. `origins` (of `Resolved`) lets messages say where a value was written."""
+    """One configuration being checked. `origins` (of `Resolved`) lets messages say where a value was written."""
 
     def __init__(self, cfg: GadConfig, world_size: int, origins: Mapping[str, str]) -> None:
         self.cfg, self.world_size, self.origins = cfg, world_size, origins
@@ -70,7 +70,7 @@ class Checker:
         cfg, world = self.cfg, self.world_size
         batch = cfg.data.train_batch_size
         if batch % world:
-            message = f"data.train_batch_size is {batch}, which {world} processes cannot share evenly"
+            message = f"data.train_batch_size is {batch}, which is not divisible by {world} processes"
             near = max(world, round(batch / world) * world)
             self.fail("data.train_batch_size", message, f"data.train_batch_size={near}")
         minis = {"actor.ppo_mini_batch_size": cfg.actor.ppo_mini_batch_size}
@@ -84,7 +84,7 @@ class Checker:
                 fits = [size for size in range(world, batch + 1, world) if batch % size == 0]
                 self.fail(key, message, f"{key}={min(fits, key=lambda size: abs(size - mini))}")
             if mini % world:
-                message = f"{key} is {mini}, which {world} processes cannot share evenly"
+                message = f"{key} is {mini}, which is not divisible by {world} processes"
                 self.fail(key, message, f"{key}=0 takes the whole batch")
         copies = cfg.fsdp.replicate
         if world % copies:
@@ -162,7 +162,7 @@ class Checker:
         if cfg.rollout.engine == "hf":
             self.fail(key, f"{key} is {size}, but rollout.engine=hf samples on every process alone", f"{key}=1")
         if here % size:
-            self.fail(key, f"{key} is {size}, which does not divide the {here} processes of a machine", f"{key}=1")
+            self.fail(key, f"{key} is {size}, which does not divide the {here} processes per machine", f"{key}=1")
         config = read_model_config(cfg.actor.model.path) or {}
         heads = (config.get("text_config") or config).get("num_attention_heads")
         if heads is not None and heads % size:
@@ -204,7 +204,7 @@ class Checker:
         actor, critic, algorithm = cfg.actor, cfg.critic, cfg.algorithm
         if algorithm.kl_ctrl.kl_coef and not algorithm.use_kl_in_reward:
             yield (
-                f"algorithm.kl_ctrl.kl_coef={algorithm.kl_ctrl.kl_coef:g} is inert: it acts only with "
+                f"algorithm.kl_ctrl.kl_coef={algorithm.kl_ctrl.kl_coef:g} has no effect: it acts only with "
                 "algorithm.use_kl_in_reward=true (the KL loss has its own actor.kl_loss_coef)"
             )
         if algorithm.use_kl_in_reward and not algorithm.kl_ctrl.kl_coef:
@@ -246,7 +246,7 @@ class Checker:
             "trainer.critic_warmup_until": trainer.critic_warmup_until,
         }
         if inert := [key for key, value in wanted.items() if value]:
-            yield f"{', '.join(inert)}: inert without held-out rows; set data.val_files or data.val_rows"
+            yield f"{', '.join(inert)}: no effect without held-out rows; set data.val_files or data.val_rows"
 
     def _critic_warnings(self) -> Iterator[str]:
         cfg = self.cfg

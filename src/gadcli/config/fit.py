@@ -180,12 +180,12 @@ def what_gpus_hold(cfg: GadConfig, placement: Placement) -> list[Holding]:
 
 
 def holding_table(holdings: list[Holding], label_width: int) -> list[str]:
-    """GiB a GPU, a column a cluster: what lies there, the peaks, and whether they fit."""
+    """GiB per GPU, a column a cluster: what lies there, the peaks, and whether they fit."""
 
     def row(label: str, cells: list[str]) -> str:
         return f"  {label:<{label_width}}" + "".join(f"{cell:>11}" for cell in cells)
 
-    lines = [row("GiB a GPU", [f"{h.gpus} x 80 GB" for h in holdings])]
+    lines = [row("GiB per GPU", [f"{h.gpus} x 80 GB" for h in holdings])]
     for role in ("actor", "reference", "critic"):
         models = [getattr(h.memory, role) for h in holdings]
         if all(model is not None for model in models):
@@ -211,7 +211,7 @@ def too_large(
     peak = peak_gb(memory)
     if "device" in free_gb and peak > HEADROOM * free_gb["device"]:
         limit = HEADROOM * free_gb["device"]
-        text = f"needs {peak:.0f} GiB a GPU, which has {free_gb['device']:.0f}"
+        text = f"needs {peak:.0f} GiB per GPU, which has {free_gb['device']:.0f}"
         yield f"{text}: {_way_out(cfg, placement, limit)}"
     if "ram" in free_gb and memory.host_ram / GIB > free_gb["ram"]:
         text = f"needs {memory.host_ram / GIB:.1f} GiB of host memory, {free_gb['ram']:.1f} are free"

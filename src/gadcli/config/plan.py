@@ -147,12 +147,12 @@ class Plan:
             left = f"; {steps.left_over:,} left over each epoch" if steps.left_over else ""
             yield (
                 "rows",
-                f"{self.rows:,} kept{dropped}; {steps.per_epoch:,} steps an epoch of {batch_text(cfg)}{left}",
+                f"{self.rows:,} kept{dropped}; {steps.per_epoch:,} steps per epoch of {batch_text(cfg)}{left}",
             )
             yield "steps", self._steps_text(steps)
         tokens = tokens_per_step(cfg)
         uses = {"sampled": "sampled", "actor_forward": "through the student", "critic_forward": "through the critic"}
-        yield "a step", "at most " + ", ".join(f"{tokens[k]:,} tokens {use}" for k, use in uses.items() if tokens[k])
+        yield "step", "at most " + ", ".join(f"{tokens[k]:,} tokens {use}" for k, use in uses.items() if tokens[k])
         if self.student:
             yield "models", self._models_text()
         values = flatten(cfg)
@@ -161,12 +161,12 @@ class Plan:
 
     def _steps_text(self, steps: Steps) -> str:
         cfg = self.cfg
-        how = f"{cfg.trainer.total_epochs} epochs of {steps.per_epoch}" if not cfg.trainer.total_steps else "as asked"
+        how = f"{cfg.trainer.total_epochs} epochs of {steps.per_epoch}" if not cfg.trainer.total_steps else "as set"
         critic = f"; critic alone in the first {steps.critic_only}" if steps.critic_only else ""
         saves = f"saves every {cfg.trainer.save_freq}" if cfg.trainer.save_freq else "saves at the end"
         tests = f"evaluates every {cfg.trainer.test_freq}" if cfg.trainer.test_freq else "evaluates at the end"
         if not (cfg.data.val_files or cfg.data.val_rows):
-            tests = "evaluates never (no data.val_files, data.val_rows=0)"
+            tests = "never evaluates (no data.val_files, data.val_rows=0)"
         first = "; first samples one answer to every training prompt" if cfg.actor.objective == "soda" else ""
         return f"{steps.total:,} ({how}){critic}{first}; {saves}, {tests}"
 
@@ -185,7 +185,7 @@ class Plan:
         return "" if origin == "default" or origin.startswith("presets/") else "*"
 
     def _peak(self, memory: MemoryEstimate) -> str:
-        where = "a GPU" if self.device == "cuda" else "a process"
+        where = "per GPU" if self.device == "cuda" else "per process"
         text = f"training {gb(memory.training_peak)}, rollout {gb(memory.rollout_peak)} GiB {where}"
         if "device" in self.free_gb:
             text += f" (has {self.free_gb['device']:.0f})"
@@ -193,7 +193,7 @@ class Plan:
         return text + (f" (has {self.free_gb['ram']:.0f} free)" if "ram" in self.free_gb else "")
 
     def _disk(self, memory: MemoryEstimate) -> str:
-        text = f"{gb(memory.checkpoint)} GiB a checkpoint, {memory.checkpoints_kept} at once: {gb(memory.disk)} GiB"
+        text = f"{gb(memory.checkpoint)} GiB per checkpoint, {memory.checkpoints_kept} kept: {gb(memory.disk)} GiB"
         return text + (f" (has {self.free_gb['disk']:.0f} free)" if "disk" in self.free_gb else "")
 
     def _elsewhere(self, width: int) -> list[str]:

@@ -46,7 +46,7 @@ def sub(cls: type, **overrides: Any) -> Any:
 @dataclass
 class LoraConfig:
     rank: int = opt(0, "LoRA rank; 0 trains all weights", min=0, max=1024)
-    alpha: float = opt(16.0, "LoRA scale: the update is alpha/rank * B @ A", min=0)
+    alpha: float = opt(16.0, "LoRA scaling: the update is alpha/rank * B @ A", min=0)
     dropout: float = opt(0.0, "dropout on the adapter's input", min=0, max=0.9)
     target_modules: str = opt("all-linear", "module names (comma-separated) or all-linear")
 
@@ -59,9 +59,13 @@ class ModelConfig:
     dtype: str = opt(
         "auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPU", choices=("auto", "float32", "bfloat16")
     )
-    num_layers: int = opt(0, "keep only the first layers of the backbone; 0 keeps all", min=0)
-    train_layers: int = opt(0, "train only the last layers (and what lies above them); 0 trains all", min=0)
-    gradient_checkpointing: bool = opt(False, "recompute activations in backward: less memory, about 30 % slower")
+    num_layers: int = opt(0, "number of backbone layers to keep, counted from the first; 0 keeps all", min=0)
+    train_layers: int = opt(
+        0, "number of layers to train, counted from the last (the head included); 0 trains all", min=0
+    )
+    gradient_checkpointing: bool = opt(
+        False, "recompute activations in the backward pass: less memory, about 30 % slower"
+    )
     lora: LoraConfig = sub(LoraConfig)
 
 
@@ -69,12 +73,14 @@ class ModelConfig:
 class OptimConfig:
     lr: float = opt(1e-6, "peak learning rate of AdamW", min=0, max=1)
     weight_decay: float = opt(0.01, "decoupled weight decay", min=0, max=1)
-    beta1: float = opt(0.9, "Adam's first decay", min=0, max=0.9999)
-    beta2: float = opt(0.999, "Adam's second decay", min=0, max=0.999999)
-    eps: float = opt(1e-8, "Adam's denominator floor", min=0)
-    lr_scheduler: str = opt("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
+    beta1: float = opt(0.9, "decay rate of Adam's first moment", min=0, max=0.9999)
+    beta2: float = opt(0.999, "decay rate of Adam's second moment", min=0, max=0.999999)
+    eps: float = opt(1e-8, "epsilon in Adam's denominator", min=0)
+    lr_scheduler: str = opt("constant", "schedule after the warm-up", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = opt(0, "steps of linear warm-up from 0", min=0)
-    min_lr_ratio: float = opt(0.0, "where linear and cosine end, as a share of lr", min=0, max=1)
+    min_lr_ratio: float = opt(
+        0.0, "final learning rate of linear and cosine schedules, as a fraction of lr", min=0, max=1
+    )
 
 
 @dataclass
@@ -84,7 +90,9 @@ class PolicyLossConfig:
 
 @dataclass
 class SodaConfig:
-    beta: float = opt(0.1, "of the preference loss: larger keeps the student closer to its start", min=1e-4, max=100)
+    beta: float = opt(
+        0.1, "beta of the preference loss: larger keeps the student closer to its start", min=1e-4, max=100
+    )
 
 
 @dataclass
@@ -98,10 +106,12 @@ class ActorConfig:
     )
     soda: SodaConfig = sub(SodaConfig)
     optim: OptimConfig = sub(OptimConfig)
-    grad_clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off", min=0)
-    ppo_epochs: int = opt(1, "passes over one step's samples", min=1, max=100)
-    ppo_mini_batch_size: int = opt(0, "prompts an optimiser step; 0 takes the whole batch", min=0)
-    micro_batch_tokens: int = opt(16384, "tokens a device forwards at once (gradient accumulation splits by it)", min=1)
+    grad_clip: float = opt(1.0, "maximum gradient norm; 0 disables clipping", min=0)
+    ppo_epochs: int = opt(1, "passes over the samples of a step", min=1, max=100)
+    ppo_mini_batch_size: int = opt(0, "prompts per optimizer step; 0 takes the whole batch", min=0)
+    micro_batch_tokens: int = opt(
+        16384, "tokens per micro-batch and device (gradients accumulate over micro-batches)", min=1
+    )
     policy_loss: PolicyLossConfig = sub(PolicyLossConfig)
     loss_agg_mode: str = opt(
         "auto",
@@ -115,21 +125,23 @@ class ActorConfig:
     kl_loss_coef: float = opt(0.001, "weight of the KL loss", min=0)
     kl_loss_type: str = opt("low_var_kl", "estimator of the KL", choices=("low_var_kl", "kl", "mse"))
     entropy_coeff: float = opt(0.0, "weight of the entropy bonus", min=0)
-    importance_correction: str = opt("none", "correct sampler/trainer mismatch", choices=("none", "tis"))
-    tis_cap: float = opt(2.0, "largest weight of truncated importance sampling", min=1)
+    importance_correction: str = opt(
+        "none", "correction for log-prob differences between sampler and trainer", choices=("none", "tis")
+    )
+    tis_cap: float = opt(2.0, "maximum weight of truncated importance sampling", min=1)
 
 
 @dataclass
 class V1LossConfig:
-    margin: float = opt(1.0, "hinge: the gap asked for", min=0)
+    margin: float = opt(1.0, "lower hinge: minimum gap", min=0)
     ranking_weight: float = opt(0.5, "weight of the ranking term", min=0)
     temperature: float = opt(2.0, "divides the gap in the ranking term", min=1e-6)
-    clamp: float = opt(10.0, "largest tempered gap, both ways", min=0)
+    clamp: float = opt(10.0, "bound on the gap divided by the temperature, in both directions", min=0)
 
 
 @dataclass
 class V2LossConfig(V1LossConfig):
-    max_margin: float = opt(5.0, "upper hinge: the gap allowed", min=0)
+    max_margin: float = opt(5.0, "upper hinge: maximum gap", min=0)
 
 
 @dataclass
@@ -141,7 +153,7 @@ class V2RawLossConfig(V2LossConfig):
 class FinalLossConfig:
     ranking_weight: float = opt(1.5, "weight of the ranking term", min=0)
     temperature: float = opt(2.0, "divides the gap in the ranking term", min=1e-6)
-    clamp: float = opt(10.0, "largest tempered gap, both ways", min=0)
+    clamp: float = opt(10.0, "bound on the gap divided by the temperature, in both directions", min=0)
     score_reg: float = opt(0.005, "weight of mean t_raw^2 + mean s_raw^2", min=0)
     penalty_threshold: float = opt(1.5, "gap above which the square penalty acts", min=0)
     penalty_weight: float = opt(0.5, "weight of the square penalty", min=0)
@@ -151,29 +163,33 @@ class FinalLossConfig:
 class CriticConfig:
     model: ModelConfig = sub(ModelConfig)
     optim: OptimConfig = sub(OptimConfig)
-    grad_clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off", min=0)
-    ppo_mini_batch_size: int = opt(0, "prompts an optimiser step; 0 takes the whole batch", min=0)
-    micro_batch_tokens: int = opt(16384, "tokens a device forwards at once", min=1)
+    grad_clip: float = opt(1.0, "maximum gradient norm; 0 disables clipping", min=0)
+    ppo_mini_batch_size: int = opt(0, "prompts per optimizer step; 0 takes the whole batch", min=0)
+    micro_batch_tokens: int = opt(16384, "tokens per micro-batch and device", min=1)
     loss: str = opt("original", "discriminator loss", choices=LOSS_NAMES)
-    values: str = opt("last", "which positions carry a value: the last response token, or all", choices=("last", "all"))
+    values: str = opt("last", "response tokens that carry a value: the last one, or all", choices=("last", "all"))
     v1: V1LossConfig = sub(V1LossConfig)
     v2: V2LossConfig = sub(V2LossConfig)
     v2_raw: V2RawLossConfig = sub(V2RawLossConfig)
     final: FinalLossConfig = sub(FinalLossConfig)
-    label_smoothing: float = opt(0.0, "share of pairs treated as swapped in the ranking term", min=0, max=0.5)
+    label_smoothing: float = opt(
+        0.0, "label smoothing in the ranking term: fraction of pairs treated as swapped", min=0, max=0.5
+    )
     centring: float = opt(0.0, "weight of mean (t_raw + s_raw)^2", min=0)
     gradient_penalty: float = opt(0.0, "weight of R1 on the teacher's input embeddings", min=0)
 
 
 @dataclass
 class KlCtrlConfig:
-    kl_coef: float = opt(0.0, "weight of the KL in the reward; inert unless algorithm.use_kl_in_reward", min=0)
+    kl_coef: float = opt(
+        0.0, "weight of the KL in the reward; has no effect unless algorithm.use_kl_in_reward=true", min=0
+    )
 
 
 @dataclass
 class AlgorithmConfig:
-    adv_estimator: str = opt("grpo", "group advantage", choices=ADV_ESTIMATORS)
-    sigma_min: float = opt(0.1, "floor of the group's std (grpo_floor)", min=1e-8)
+    adv_estimator: str = opt("grpo", "group advantage estimator", choices=ADV_ESTIMATORS)
+    sigma_min: float = opt(0.1, "minimum standard deviation of a group (grpo_floor)", min=1e-8)
     reward_clip: float = opt(0.0, "clamp the sum of `rewards` to [-x, x]; 0 does not", min=0)
     use_kl_in_reward: bool = opt(False, "subtract kl_coef * KL from the reward")
     kl_ctrl: KlCtrlConfig = sub(KlCtrlConfig)
@@ -185,34 +201,36 @@ class DataConfig:
     val_files: list[str] = opt([], "held-out files; empty splits val_rows off the training file by content hash")
     prompt_key: str = opt("content", "column of chat messages")
     response_key: str = opt("teacher_response", "column of the teacher's answer")
-    train_batch_size: int = opt(128, "prompts a step, over all devices", min=1)
-    max_prompt_length: int = opt(1024, "tokens of a prompt, chat template included", min=1)
-    max_response_length: int = opt(256, "tokens of an answer, EOS included", min=1)
+    train_batch_size: int = opt(128, "prompts per step, over all devices", min=1)
+    max_prompt_length: int = opt(1024, "maximum prompt length in tokens, chat template included", min=1)
+    max_response_length: int = opt(256, "maximum answer length in tokens, end token included", min=1)
     truncation: str = opt(
-        "error", "what a teacher answer (or prompt) over its limit gets", choices=("error", "left", "right", "drop")
+        "error",
+        "what to do with a teacher answer (or prompt) over its limit",
+        choices=("error", "left", "right", "drop"),
     )
-    on_bad_row: str = opt("error", "what a bad row gets", choices=("error", "drop"))
+    on_bad_row: str = opt("error", "what to do with an invalid row", choices=("error", "drop"))
     strict: bool = opt(False, "fail on what is otherwise a warning (duplicates, special-token text)")
-    shuffle: bool = opt(True, "new order each epoch, from seed and epoch")
-    val_rows: int = opt(0, "held-out rows to use at each eval; 0 uses all of val_files", min=0)
+    shuffle: bool = opt(True, "shuffle every epoch, from seed and epoch")
+    val_rows: int = opt(0, "held-out rows per evaluation; 0 uses all of val_files", min=0)
 
 
 @dataclass
 class RolloutConfig:
     engine: str = opt("auto", "sampler; auto takes vllm where it is installed", choices=("auto", "vllm", "hf"))
-    n: int = opt(8, "answers a prompt", min=1, max=1024)
+    n: int = opt(8, "answers per prompt", min=1, max=1024)
     temperature: float = opt(1.0, "sampling temperature", min=0.01, max=10)
-    top_p: float = opt(1.0, "nucleus", min=0.01, max=1)
-    top_k: int = opt(-1, "candidates; -1 keeps all", min=-1)
-    max_model_len: int = opt(2048, "tokens of prompt and answer together", min=2)
-    max_num_seqs: int = opt(128, "sequences decoded at once", min=1)
+    top_p: float = opt(1.0, "top-p probability mass", min=0.01, max=1)
+    top_k: int = opt(-1, "sample from the k most likely tokens; -1 disables", min=-1)
+    max_model_len: int = opt(2048, "maximum tokens of prompt and answer together", min=2)
+    max_num_seqs: int = opt(128, "maximum sequences decoded concurrently", min=1)
     kv_cache_gb: float = opt(
         0.0, "KV cache in GiB; 0 sizes it from max_num_seqs (CPU) or gpu_memory_utilization", min=0
     )
-    gpu_memory_utilization: float = opt(0.4, "share of a GPU that the sampler may take", min=0.05, max=0.95)
+    gpu_memory_utilization: float = opt(0.4, "fraction of a GPU's memory for the sampler", min=0.05, max=0.95)
     enforce_eager: bool = opt(True, "no CUDA graphs; faster start, slower decoding on GPUs")
-    tensor_parallel_size: int = opt(1, "devices one vLLM engine spans, within a machine", min=1)
-    sleep: bool = opt(False, "give the GPU memory back while training: vLLM's weights wait in host memory")
+    tensor_parallel_size: int = opt(1, "tensor-parallel size per vLLM engine, within a machine", min=1)
+    sleep: bool = opt(False, "free the sampler's GPU memory while training: vLLM's weights move to host memory")
     sync_tolerance: float = opt(
         0.0,
         "largest probe difference in log-prob after a sync; 0 is 1e-3 in float32, and a mean of 0.02 in bfloat16",
@@ -222,44 +240,44 @@ class RolloutConfig:
 
 @dataclass
 class TensorBoardConfig:
-    auto_start: str = opt("gad", "when to start TensorBoard", choices=("never", "gad", "always"))
+    auto_start: str = opt("gad", "stages that start TensorBoard", choices=("never", "gad", "always"))
     host: str = opt("127.0.0.1", "address to listen on; anything else is reachable from outside")
     port: int = opt(6006, "first port to try", min=1, max=65535)
-    keep: bool = opt(False, "leave it running after the run")
+    keep: bool = opt(False, "leave TensorBoard running after the run")
 
 
 @dataclass
 class TrainerConfig:
     exp_name: str = opt("", "name of the run's folder; empty is <preset>-<stage>")
-    output_dir: str = opt("runs", "where runs are kept")
+    output_dir: str = opt("runs", "folder for runs")
     total_epochs: int = opt(1, "passes over the training rows", min=1)
     total_steps: int = opt(0, "stop after this many steps; 0 follows total_epochs", min=0)
-    max_time_s: float = opt(0.0, "stop (and save) after this many seconds of steps; 0 has no limit", min=0)
-    critic_warmup: int = opt(0, "critic-only steps before the actor learns; -1 has no critic at all", min=-1)
+    max_time_s: float = opt(0.0, "save and stop after this many seconds of training; 0 is no limit", min=0)
+    critic_warmup: int = opt(0, "steps that train the critic alone before the actor learns; -1: no critic", min=-1)
     critic_warmup_until: float = opt(
         0.0, "end the critic-only phase early at this held-out d_acc; 0 goes by steps", min=0, max=1
     )
     save_freq: int = opt(0, "steps between checkpoints; 0 saves at the end only", min=0)
     async_save: str = opt(
         "auto",
-        "write checkpoints while training goes on, from a copy in host memory; auto does on GPUs",
+        "write checkpoints in the background from a copy in host memory; auto: on GPUs",
         choices=("auto", "always", "never"),
     )
-    keep_last: int = opt(2, "committed checkpoints to keep", min=2)
+    keep_last: int = opt(2, "checkpoints to keep", min=2)
     keep_best: str = opt("", "also keep the best by this val metric, e.g. val/rouge_l")
     test_freq: int = opt(0, "steps between evaluations on the held-out rows; 0 evaluates at the end only", min=0)
-    val_before_train: bool = opt(False, "evaluate before the first step too")
+    val_before_train: bool = opt(False, "also evaluate before the first step")
     seed: int = opt(1, "seed of weights, order and sampling", min=0)
     device: str = opt("auto", "auto takes CUDA where it is", choices=("auto", "cpu", "cuda"))
-    nproc: int = opt(0, "processes on this machine; 0 is one a GPU, or one on CPU", min=0)
+    nproc: int = opt(0, "processes on this machine; 0: one per GPU, or one on CPU", min=0)
     nnodes: int = opt(1, "machines", min=1)
-    logger: list[str] = opt(["console", "tensorboard"], "sinks: console, tensorboard, wandb")
+    logger: list[str] = opt(["console", "tensorboard"], "where metrics go: console, tensorboard, wandb")
     tensorboard: TensorBoardConfig = sub(TensorBoardConfig)
 
 
 @dataclass
 class FsdpConfig:
-    reshard_after_forward: bool = opt(True, "free gathered weights after forward: less memory, more traffic")
+    reshard_after_forward: bool = opt(True, "free gathered weights after the forward pass: less memory, more traffic")
     gather: str = opt(
         "auto",
         "gather weights and reduce gradients in each micro_batch, or once an optimiser step: less traffic, but both "
@@ -269,12 +287,14 @@ class FsdpConfig:
     replicate: int = opt(1, "HSDP: copies of the sharded model (1 shards over all devices)", min=1)
     offload_reference: bool = opt(False, "keep the reference's weights in host memory between uses")
     offload_critic: bool = opt(False, "keep the critic's weights and optimiser in host memory between uses")
-    timeout_s: float = opt(600.0, "seconds before a silent peer counts as lost", min=1)
+    timeout_s: float = opt(600.0, "seconds without a sign of life before a peer counts as lost", min=1)
 
 
 @dataclass
 class HealthConfig:
-    on_bad: str = opt("warn", "what a collapse gets: a warning, or save and exit 5", choices=("warn", "stop"))
+    on_bad: str = opt(
+        "warn", "what to do when a run collapses: warn, or save and exit with code 5", choices=("warn", "stop")
+    )
 
 
 @dataclass
