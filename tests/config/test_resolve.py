@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from gadcli.config.reading import nearest_key
 from gadcli.config.resolve import load_resolved, resolve
 from gadcli.config.schema import GadConfig
-from gadcli.config.tree import config_hash, differences, flatten, schema_leaves
+from gadcli.config.tree import config_hash, differences, flatten, schema_leaves, schema_sections
+from gadcli.config.verl_names import RENAMED
 from gadcli.errors import ConfigError, ExitCode
 
 
@@ -113,7 +114,13 @@ def test_a_key_written_twice_is_refused(write, text: str, line: int, key: str) -
         ("rollout.n=1.5", "must be a whole number"),
         ("rollout.n=", "must be a whole number"),
         ("rollout.n=0x10", "must be a whole number"),
-        ("data.shuffle=yes", "must be true or false"),
+        ("rollout.n=1e-1", "must be a whole number"),
+        ("data.shuffle=maybe", "must be true or false"),
+        ("data.shuffle=2", "must be true or false"),
+        ("~data.shuffle", "a key cannot be removed"),
+        ("data.train_files=[a.parquet", "lacks a bracket"),
+        ("data.train_files=[a,,b]", "an item"),
+        ("data.train_files=['a,b]", "a quote"),
         ("actor.optim.lr=inf", "must be a number"),
         ("actor.optim.lr=1e999", "must be finite"),
         ("actor.optim.lr=2", "at most 1"),
@@ -123,7 +130,7 @@ def test_a_key_written_twice_is_refused(write, text: str, line: int, key: str) -
         ("stage=seqkd", "stage is not set by hand"),
         ("trainer.exp_name=${oc.env:HOME}", "allowed in paths only"),
         ("trainer.output_dir=${trainer.exp_name}", "only ${oc.env:NAME} is understood"),
-        ("actor.model.path=???", "is no value"),
+        ("actor.model.path=???", "has no value"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(word: str, complaint: str) -> None:
@@ -132,6 +139,9 @@ def test_a_bad_override_says_what_is_wrong(word: str, complaint: str) -> None:
 
 def test_a_close_choice_is_offered() -> None:
     assert error_of(overrides=["critic.loss=finale"]).hint == "did you mean critic.loss=final?"
+    other = error_of(overrides=["algorithm.adv_estimator=gspo"]).hint
+    assert other == "did you mean actor.policy_loss.loss_mode=gspo?"
+    assert error_of(overrides=["~data.shuffle"]).hint == "set it instead: data.shuffle=True"
 
 
 @pytest.mark.parametrize(
@@ -171,6 +181,68 @@ def test_lists_come_as_brackets_or_as_one_word(write) -> None:
     assert resolve("gad", overrides=["data.train_files=*.parquet"]).config.data.train_files == ["*.parquet"]
     assert resolve("gad", overrides=["data.train_files=[]"]).config.data.train_files == []
     assert resolve("gad", config_file=write("data:\n  train_files: a\n")).config.data.train_files == ["a"]
+
+
+ODD_NAMES = (
+    "a,b.parquet", "step=100.parquet", "50%.parquet", "c#1.parquet", "two words.parquet", "it's.parquet",
+    'say "x".jsonl', "数据.parquet", "x@y.parquet", "br[1].parquet", "[1].parquet", "$HOME.parquet", "~old.parquet",
+    "a: b.parquet", "!x", "null", "a\\b.parquet", "- x", "{a}.parquet", "no", " led.parquet", "'q'.parquet",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_files_name_arrives_as_it_is(name: str, tmp_path: Path) -> None:
+    """In quotes any name, alone, in a list and beside another; without, whatever is no syntax of lists. It stays so
+    in the run's config.yaml."""
+    mark = '"' if '"' not in name else "'"
+    quoted = f"{mark}{name}{mark}"
+    words = {quoted: [name], f"[{quoted}]": [name], f"[{quoted}, b]": [name, "b"], f"['b',{quoted},]": ["b", name]}
+    if name[0] not in "[' " and name != "null":
+        words[name] = [name]
+    if "," not in name and name[0] not in "'\" ":
+        words |= {f"[{name}]": [name], f"[b,{name}]": ["b", name]}
+    for word, expected in words.items():
+        resolved = resolve("gad", overrides=[f"data.train_files={word}", f"trainer.output_dir={quoted}"])
+        assert resolved.config.data.train_files == expected, word
+        assert resolved.config.trainer.output_dir == name
+        (tmp_path / "config.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
+        assert load_resolved(tmp_path / "config.yaml") == resolved.config
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("trainer.total_epochs=1.0", 1),
+        ("trainer.total_epochs=2e0", 2),
+        ("data.train_batch_size=1_024", 1024),
+        ("actor.optim.lr=5E-6", 5e-6),
+        ("actor.optim.lr= 1e-6 ", 1e-6),
+        ("data.shuffle=yes", True),
+        ("data.shuffle=Off", False),
+        ("data.shuffle=0", False),
+        ("data.val_files=null", []),
+        ("data.val_files=[ ]", []),
+        ("++trainer.seed=3", 3),
+        ("+data.shuffle=False", False),
+    ],
+)
+def test_values_are_read_as_hydra_and_python_write_them(write, word: str, value: object) -> None:
+    key, _, text = word.lstrip("+").partition("=")
+    assert flatten(resolve("gad", overrides=[word]).config)[key] == value
+    if text != "[ ]":  # the same text in a file means the same
+        assert flatten(resolve("gad", config_file=write(f"{key}: {text}\n")).config)[key] == value
+
+
+def test_a_key_of_verls_without_counterpart_is_answered_with_ours() -> None:
+    hint = error_of(overrides=["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4"]).hint
+    assert "actor.micro_batch_tokens" in str(hint)
+    assert "data.truncation=drop" in str(error_of(overrides=["data.filter_overlong_prompts=True"]).hint)
+    assert resolve("gad", overrides=["actor_rollout_ref.rollout.name=vllm"]).config.rollout.engine == "vllm"
+
+
+def test_every_name_of_verls_leads_to_a_key_that_exists() -> None:
+    for ours in RENAMED.values():
+        assert ours in schema_leaves() or ours.rstrip(".") in schema_sections()
 
 
 def test_verls_spellings_reach_our_keys(write) -> None:

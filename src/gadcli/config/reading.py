@@ -15,28 +15,18 @@ import yaml
 
 from gadcli.config.rewards import reward_specs
 from gadcli.config.tree import PATH_KEYS, Leaf, schema_leaves, schema_sections
+from gadcli.config.verl_names import RENAMED, instead_of, renamed
 from gadcli.errors import ConfigError
 
 COMMAND_LINE = "command line"
 
-# verl's names for keys of ours, longest prefix first.
-ALIASES = {
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": "rollout.tensor_parallel_size",
-    "actor_rollout_ref.model.enable_gradient_checkpointing": "actor.model.gradient_checkpointing",
-    "actor_rollout_ref.model.lora_rank": "actor.model.lora.rank",
-    "actor_rollout_ref.model.lora_alpha": "actor.model.lora.alpha",
-    "actor_rollout_ref.model.": "actor.model.",
-    "actor_rollout_ref.actor.": "actor.",
-    "actor_rollout_ref.rollout.": "rollout.",
-    "trainer.experiment_name": "trainer.exp_name",
-    "trainer.default_local_dir": "trainer.output_dir",
-    "trainer.n_gpus_per_node": "trainer.nproc",
-    "trainer.total_training_steps": "trainer.total_steps",
-}
-
 INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
 ENV = re.compile(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:,[^${}]*)?\}")
+# One item of a list: quoted whole (commas inside are text), or up to the next comma.
+ITEM = re.compile(r"""\s*('[^']*'|"[^"]*"|[^,]*?)\s*(?:,|\Z)""")
+NULLS = ("null", "~", "Null", "NULL", "None")
+BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
@@ -50,18 +40,14 @@ class Setting:
 
 
 def canonical_key(key: str) -> str:
-    """A key in our spelling: verl's aliases and hydra's leading `+` undone."""
-    key = key.lstrip("+")
-    for theirs, ours in ALIASES.items():
-        if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
-            return ours + key[len(theirs) :]
-    return key
+    """A key in our spelling: hydra's leading `+` (add) or `++` (add or change) says no more than the key alone."""
+    return renamed(key.lstrip("+"))
 
 
 def is_section(key: str) -> bool:
     """Whether keys may stand below this one, in our spelling or in verl's."""
     dotted = f"{key}."
-    return canonical_key(dotted).rstrip(".") in schema_sections() or any(a.startswith(dotted) for a in ALIASES)
+    return canonical_key(dotted).rstrip(".") in schema_sections() or any(name.startswith(dotted) for name in RENAMED)
 
 
 def nearest_key(key: str) -> str | None:
@@ -85,8 +71,10 @@ def leaf_for(key: str, origin: str) -> Leaf:
     if known in schema_sections():
         inside = ", ".join(k for k in schema_leaves() if k.startswith(f"{known}."))
         raise ConfigError(f"{origin}: {key} is a section, not a value", f"set one of {_cut(inside)}")
-    near = nearest_key(known)
-    hint = f"did you mean {near}?" if near else "gad preset show lists every key"
+    hint = instead_of(key)
+    if hint is None:
+        near = nearest_key(known)
+        hint = f"did you mean {near}?" if near else "gad preset show lists every key"
     raise ConfigError(f"{origin}: unknown key {key}", hint)
 
 
@@ -101,20 +89,44 @@ def _mistyped(leaf: Leaf, shown: str, origin: str, hint: str | None = None) -> C
 
 
 def convert_scalar(leaf: Leaf, text: str, quoted: bool, origin: str) -> Any:
-    """One scalar as written. YAML 1.1 guesses (`no`, `1:30`, 1e-6 as text) are not used: the schema says the type."""
+    """One scalar as written. YAML 1.1 guesses (`1:30`, 1e-6 as text) are not used: the schema says the type.
+
+    A whole number may be written as 2.0 or 2e0, and a truth value in any of YAML's and hydra's spellings.
+    """
     if leaf.kind is str:
-        if not quoted and text in ("null", "~", "Null", "NULL"):
+        if not quoted and text in NULLS:
             raise _mistyped(leaf, "null", origin, "write '' for empty text")
         return text
     if quoted:
         raise _mistyped(leaf, f'the text "{text}"', origin, f"write {text} without quotes")
-    if leaf.kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    text = text.strip()
+    if leaf.kind is bool and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
     if leaf.kind is int and INT.match(text):
         return int(text.replace("_", ""))
-    if leaf.kind is float and (INT.match(text) or FLOAT.match(text)):
-        return float(text.replace("_", ""))
+    if leaf.kind in (int, float) and (INT.match(text) or FLOAT.match(text)):
+        number = float(text.replace("_", ""))
+        if leaf.kind is float:
+            return number
+        if number.is_integer():
+            return int(number)
     raise _mistyped(leaf, text or "empty", origin)
+
+
+def split_items(text: str) -> list[str] | None:
+    """The texts of `a, 'b,c', "d"`: quotes taken off, a comma at the end allowed. None where a quote or an item is
+    missing."""
+    items = []
+    at, text = 0, text.strip()
+    while at < len(text):
+        match = ITEM.match(text, at)
+        assert match is not None  # each part of ITEM may be empty
+        item, at = match[1], match.end()
+        unquoted, quoted = _unquote(item)
+        if not item or (not quoted and item[0] in "'\""):
+            return None
+        items.append(unquoted)
+    return items
 
 
 def check_value(leaf: Leaf, value: Any, origin: str) -> None:
@@ -128,8 +140,11 @@ def check_value(leaf: Leaf, value: Any, origin: str) -> None:
         if leaf.max is not None and value > leaf.max:
             raise ConfigError(f"{origin}: {leaf.key} is {value:g}, but must be at most {leaf.max:g}", hint)
     if leaf.choices and value not in leaf.choices:
+        # A choice of another key (gspo is a policy loss, not an advantage) is likelier meant than one spelt like it.
+        elsewhere = [other.key for other in schema_leaves().values() if value in (other.choices or ())]
         close = difflib.get_close_matches(str(value), leaf.choices, n=1)
-        hint = f"did you mean {leaf.key}={close[0]}?" if close else hint
+        near = f"{elsewhere[0]}={value}" if elsewhere else f"{leaf.key}={close[0]}" if close else ""
+        hint = f"did you mean {near}?" if near else hint
         raise ConfigError(f"{origin}: {leaf.key} is {value!r}, but must be one of {', '.join(leaf.choices)}", hint)
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str):
@@ -139,7 +154,7 @@ def check_value(leaf: Leaf, value: Any, origin: str) -> None:
 def check_interpolation(key: str, text: str, origin: str) -> None:
     """`${oc.env:NAME}` in paths only, of variables that exist and do not look like secrets; nothing else."""
     if text == "???":
-        raise ConfigError(f"{origin}: {key} is ???, which is no value")
+        raise ConfigError(f"{origin}: {key} has no value (???)")
     if "${" not in text:
         return
     if key not in PATH_KEYS:
@@ -242,7 +257,8 @@ def typed(leaf: Leaf, node: yaml.Node, origin: str) -> Setting:
             value.append(item.value)
     elif isinstance(node, yaml.ScalarNode):
         if leaf.kind == list[str]:  # one text stands for a list of one
-            value = [node.value] if node.value else []
+            plain = node.style not in ("'", '"')
+            value = [] if not node.value or (plain and node.value in NULLS) else [node.value]
         else:
             value = convert_scalar(leaf, node.value, node.style in ("'", '"'), origin)
     else:
@@ -277,32 +293,38 @@ def _number_or_text(leaf: Leaf, node: yaml.Node, origin: str) -> Any:
 def read_override(word: str) -> Setting:
     """One KEY=VALUE word of the command line."""
     key, equals, text = word.partition("=")
+    if word.startswith("~"):
+        known = schema_leaves().get(canonical_key(key[1:].strip()))
+        default = f"{known.key}={known.default}" if known else "KEY=its default"
+        raise ConfigError(f"{COMMAND_LINE}: {word}: a key cannot be removed", f"set it instead: {default}")
     if not equals or not key:
         raise ConfigError(
             f"{COMMAND_LINE}: {word!r} is not KEY=VALUE", "overrides look like actor.optim.lr=3e-6; flags start with --"
         )
-    if key.startswith("rewards.") and key.count(".") == 2:  # rewards.NAME.KEY, applied to the list once it is known
-        return Setting(key, _unquote(text)[0], COMMAND_LINE)
     leaf = leaf_for(key.strip(), f"{COMMAND_LINE}: {word}")
     return Setting(leaf.key, convert_word(leaf, text), COMMAND_LINE)
 
 
 def convert_word(leaf: Leaf, text: str) -> Any:
-    """The VALUE of a word: lists as `[a,b]` or one text, quotes around a text taken off; `rewards` as YAML."""
-    if leaf.kind == list[Any]:
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise _mistyped(leaf, text, COMMAND_LINE) from error
-        return _entries(leaf, node, COMMAND_LINE)
+    """The VALUE of a word: a list as `[a, 'b,c']` or one text, which may stand in quotes to be taken as it is."""
+    value: Any
     if leaf.kind == list[str]:
-        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
-        parts = [text] if inner is None else inner.split(",")
-        value: Any = [_unquote(part.strip())[0] for part in parts if part.strip()]
+        value = _list_of(leaf, text.strip())
     else:
         value = convert_scalar(leaf, *_unquote(text), COMMAND_LINE)
     check_value(leaf, value, COMMAND_LINE)
     return value
+
+
+def _list_of(leaf: Leaf, text: str) -> list[str]:
+    if not text.startswith("["):
+        return [] if not text or text in NULLS else [_unquote(text)[0]]
+    items = split_items(text[1:-1]) if text.endswith("]") else None
+    if items is None:
+        what = "a list lacks a bracket, a quote or an item"
+        hint = f"{leaf.key}=[a,'b,c'] is a list; a name that begins with [ goes in quotes, inside the shell's own"
+        raise ConfigError(f"{COMMAND_LINE}: {leaf.key} is {_cut(text)}: {what}", hint)
+    return items
 
 
 def _unquote(text: str) -> tuple[str, bool]:
