@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gadcli.checkpoint.embedded_model import embedded_or
+from gadcli.checkpoint.hf_folder import check_folder, read_json
 from gadcli.checkpoint.manifest import MANIFEST, latest_valid, read_manifest, step_of
-from gadcli.checkpoint.merge.hf_folder import check_folder, read_json
 from gadcli.config.machine import cache_folder
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
 from gadcli.files import locked

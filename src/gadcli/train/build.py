@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from gadcli.checkpoint.hub_files import trained_files
 from gadcli.checkpoint.resolve_model import resolve_model
 from gadcli.config.memory import needs_reference
 from gadcli.config.rewards import reward_specs
@@ -45,6 +46,11 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     tokenizer = load_tokenizer(actor_path)
     train_data, val_data = _open_data(cfg, tokenizer)
     notes = data_notes(cfg, train_data, val_data)
+    eos_ids = [eos_id_of(tokenizer)]
+    # Read now, not when the first checkpoint is written: what cannot be saved must fail before training.
+    model_files = {
+        "actor": trained_files(Path(actor_path), critic=False, ends=eos_ids, num_layers=cfg.actor.model.num_layers)
+    }
     order = BatchOrder(len(train_data), cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
     progress = Progress(total_steps=cfg.trainer.total_steps or cfg.trainer.total_epochs * order.steps_per_epoch)
     resume_from = agree_on_checkpoint(resume_from, world)
@@ -67,9 +73,11 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     critic = None
     if cfg.trainer.critic_warmup >= 0:
         path = critic_path() if cfg.critic.model.path else actor_path
+        model_files["critic"] = trained_files(
+            Path(path), critic=True, ends=eos_ids, num_layers=cfg.critic.model.num_layers
+        )
         critic = _build_critic(cfg, path, actor_path, world, progress, records, resumed=resume_from is not None)
     reference = _build_reference(cfg, actor_path, actor_model, world)
-    eos_ids = [eos_id_of(tokenizer)]
     sampler = None
     if cfg.stage != "seqkd" or cfg.actor.objective == "soda" or val_data is not None:
         sampler = build_sampler(  # every rollout follows a sync, so the folder's weights need not be read again
@@ -104,6 +112,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         reference,
         critic,
     )
+    run.model_files = model_files
     run.saver.timeout_s = cfg.fsdp.timeout_s
     if cfg.rewards and cfg.stage != "seqkd":
         run.rewards = RewardSet(reward_specs(cfg.rewards))

@@ -60,6 +60,7 @@ class Run:
     progress: Progress
     reference: Reference | None = None
     maybe_critic: Critic | None = None
+    model_files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by role: what lies beside its weights
     synced_step: int = -1
     rewards: RewardSet | None = None  # where `rewards` is configured; the discriminator alone otherwise
     unhealthy: bool = False

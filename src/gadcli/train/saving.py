@@ -108,15 +108,13 @@ def _roles(run: Run) -> dict[str, Any]:
 
 def _writer_of_assets(run: Run, name: str, model: Any) -> Any:
     def write(folder: Path) -> None:
-        model.config.save_pretrained(folder)
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
+        for file, content in run.model_files[name].items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_bytes(content)
         adapters = getattr(model, "peft_config", None)
         if adapters:  # alpha and the base's name: a merge then needs nothing but the checkpoint itself
             base = getattr(run.cfg, name).model.path
             dataclasses.replace(adapters["default"], base_model_name_or_path=base).save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
 
     return write
 

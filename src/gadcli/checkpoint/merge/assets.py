@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gadcli import __version__
+from gadcli.checkpoint.hf_folder import check_inside, read_json
+from gadcli.checkpoint.hub_files import CONFIG, GENERATION, small_files
 from gadcli.checkpoint.manifest import human_bytes
-from gadcli.checkpoint.merge.hf_folder import check_inside, read_json
 from gadcli.errors import CheckpointError
 
 LINEAGE = "gad_lineage.json"
-# Written by us, or not the model's: never copied.
-_OWN = {"config.json", "README.md", LINEAGE, "adapter_config.json", "model.safetensors.index.json",
-        "pytorch_model.bin.index.json", "trainer_state.json"}  # fmt: skip
-_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab")
 
 
 def read_config(folder: Path | None, base: Path | None) -> dict[str, Any]:
@@ -33,19 +30,12 @@ def read_config(folder: Path | None, base: Path | None) -> dict[str, Any]:
 
 
 def asset_files(folder: Path | None, base: Path | None, *, critic: bool) -> dict[str, Path]:
-    """Name -> file to copy: what the checkpoint has, and from the base only what the checkpoint lacks altogether."""
-    found: dict[str, Path] = {}
-    for candidate in (base, folder):  # the checkpoint's own files win
-        if candidate is None:
-            continue
-        for path in sorted(candidate.iterdir()):
-            if path.name not in _OWN and path.suffix in _SUFFIXES and (path.is_symlink() or path.is_file()):
-                found[path.name] = check_inside(candidate, path.name, candidate)
-    if folder is not None and any(found[n].parent == folder for n in found if n.startswith("tokenizer")):
-        found = {n: p for n, p in found.items() if p.parent == folder or n.startswith("generation")}
-    if critic:
-        found.pop("generation_config.json", None)
-    return found
+    """Name -> file to copy: the checkpoint's own; where those lack a tokenizer, the base's too."""
+    own, bases = small_files(folder) if folder else {}, small_files(base) if base else {}
+    found = own if any(name.startswith(("tokenizer", "vocab")) for name in own) else bases | own
+    if not critic and GENERATION in bases:
+        found.setdefault(GENERATION, bases[GENERATION])
+    return {n: p for n, p in found.items() if n != CONFIG and not (critic and n == GENERATION)}
 
 
 def copy_durably(source: Path, target: Path) -> None:

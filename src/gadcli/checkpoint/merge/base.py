@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gadcli.checkpoint.merge.hf_folder import weight_files
+from gadcli.checkpoint.hf_folder import weight_files
 from gadcli.checkpoint.merge.source import Source
 from gadcli.checkpoint.merge.tensors import SourceTensor, whole
 from gadcli.checkpoint.safe_unpickle import DTYPES, Strided

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gadcli.checkpoint.dcp_metadata import DcpIndex, read_dcp_index
+from gadcli.checkpoint.hf_folder import read_json
 from gadcli.checkpoint.manifest import MANIFEST, verify
-from gadcli.checkpoint.merge.hf_folder import read_json
 from gadcli.checkpoint.merge.source import LoraInfo, Source
 from gadcli.checkpoint.merge.tensors import Part, SourceTensor
 from gadcli.checkpoint.safe_unpickle import Strided, TorchZip

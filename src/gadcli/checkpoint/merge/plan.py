@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gadcli.checkpoint.merge.hf_folder import SINGLE
+from gadcli.checkpoint.hf_folder import SINGLE
+from gadcli.checkpoint.hub_files import architecture, critic_config, for_older_readers, said_family
 from gadcli.checkpoint.merge.source import LoraInfo, Source
 from gadcli.checkpoint.merge.tensors import Files, Segments, SourceTensor, read_pieces, read_whole, same_bytes
 from gadcli.checkpoint.safe_unpickle import DTYPES
 from gadcli.errors import CheckpointError
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -123,14 +123,14 @@ def make_plan(
     if not fuse:
         named, deltas = _adapter_only(source.tensors), {}
     critic = source.is_critic
-    out_config = dict(config)
+    out_config = for_older_readers(config)
     if fuse:
         if critic:
             _critic_names(named)
-            out_config = _critic_config(out_config)
+            out_config = critic_config(out_config)
         else:
-            if not _said_family(out_config):  # vLLM chooses its model class by it
-                out_config |= _architecture(out_config, "ForCausalLM")
+            if not said_family(out_config):  # vLLM chooses its model class by it
+                out_config |= architecture(out_config, "ForCausalLM")
             _drop_tied(named, deltas, out_config, files, notes)
     tensors = [_out(name, tensor, dtype, deltas.get(name)) for name, tensor in named.items()]
     if fuse:
@@ -199,23 +199,6 @@ def _critic_names(named: dict[str, SourceTensor]) -> None:
         named[name.removeprefix("pretrained_model.")] = named.pop(name)
 
 
-def _critic_config(config: dict[str, Any]) -> dict[str, Any]:
-    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return config | _architecture(config, "ForTokenClassification") | {"classifier_dropout": 0.0} | labels
-
-
-def _said_family(config: Mapping[str, Any]) -> str:
-    """ "Llama" of architectures ["LlamaForCausalLM"]; "" where there is no such list."""
-    said = config.get("architectures")
-    return said[0].split("For")[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
-
-
-def _architecture(config: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """`architectures` for a task: the family the config names, else the model type's; {} where neither is known."""
-    family = _said_family(config) or _FAMILIES.get(str(config.get("model_type")))
-    return {"architectures": [f"{family}{task}"]} if family else {}
-
-
 def _drop_tied(
     named: dict[str, SourceTensor],
     deltas: dict[str, Delta],
@@ -242,13 +225,13 @@ def _out(name: str, tensor: SourceTensor, dtype: str | None, delta: Delta | None
 
 
 def _say_dtype(config: dict[str, Any], tensors: list[OutTensor]) -> None:
-    """The config's dtype is the one most bytes have; transformers 5 calls the key dtype, older ones torch_dtype."""
+    """The config's dtype, where it names one, is what most bytes have: `dtype`, `torch_dtype` for older readers."""
     weight: dict[str, int] = {}
     for tensor in tensors:
         weight[tensor.dtype] = weight.get(tensor.dtype, 0) + tensor.nbytes
     floats = {d: n for d, n in weight.items() if d in FLOATS}
     if floats:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(floats, key=lambda d: floats[d])
+        config.update({k: max(floats, key=lambda d: floats[d]) for k in ("dtype", "torch_dtype") if k in config})
 
 
 def _shards(tensors: list[OutTensor], limit: int, names: tuple[str, str]) -> list[OutFile]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gadcli.checkpoint.hf_folder import INDEX
 from gadcli.checkpoint.manifest import check_disk, human_bytes
 from gadcli.checkpoint.merge import assets
 from gadcli.checkpoint.merge.base import base_tensors
 from gadcli.checkpoint.merge.expected import compare, expected_shapes
-from gadcli.checkpoint.merge.hf_folder import INDEX
 from gadcli.checkpoint.merge.ours import read_ours
 from gadcli.checkpoint.merge.plan import FLOATS, MergePlan, make_plan, saved_module
 from gadcli.checkpoint.merge.source import LoraInfo, Source
@@ -253,6 +253,7 @@ def _write(source: Source, plan: MergePlan, side: dict[str, str | Path], files: 
     with _temporary(out) as folder, _disk_errors(out, plan.nbytes):
         with _beside(source, files, stop, enabled=options.verify):
             for name, content in side.items():
+                (folder / name).parent.mkdir(exist_ok=True)
                 if isinstance(content, Path):
                     assets.copy_durably(content, folder / name)
                 else:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gadcli.checkpoint.merge.hf_folder import read_json
+from gadcli.checkpoint.hf_folder import read_json
 from gadcli.checkpoint.merge.ours import lora_from_peft
 from gadcli.checkpoint.merge.source import LoraInfo, Source
 from gadcli.checkpoint.merge.tensors import Part, SourceTensor, whole

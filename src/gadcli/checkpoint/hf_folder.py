@@ -11,6 +11,7 @@ from gadcli.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_JSON = 256 << 20
+_MAX_HEADER = 100 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,6 +72,28 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: weights only as pickles ({pickles[0]}): not loaded", "convert the model to safetensors first"
         )
     raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}", "not a Hugging Face model folder, or incomplete")
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's entries by tensor name, and the byte where its data begins. CheckpointError if it has none.
+
+    Checked: the entries' fields, and that each tensor lies inside the file.
+    """
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(_MAX_HEADER, size):
+                raise ValueError("header longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not (0 <= begin <= end <= size - 8 - length) or min([0, *entry["shape"]]) < 0 or not entry["dtype"]:
+                raise ValueError(f"{name} lies outside the file")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {str(error)[:80]}", "copy it again") from error
+    return header, 8 + length
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
