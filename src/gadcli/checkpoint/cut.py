@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from gadcli import __version__
+from gadcli.checkpoint.hf_folder import INDEX, SINGLE, read_json, weight_files
 from gadcli.checkpoint.manifest import check_disk
 from gadcli.checkpoint.merge import assets
 from gadcli.checkpoint.merge.base import read_safetensors
-from gadcli.checkpoint.merge.hf_folder import INDEX, SINGLE, read_json, weight_files
 from gadcli.checkpoint.merge.plan import OutFile, OutTensor
 from gadcli.checkpoint.merge.tensors import Files, SourceTensor, read_pieces
 from gadcli.errors import CheckpointError, ConfigError
