@@ -7,8 +7,11 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+
+Script = Callable[[dict[str, Any]], tuple[int, Any, dict[str, str]]]
 
 
 class Teacher:
@@ -17,10 +20,11 @@ class Teacher:
     `throttle` 429 twice with Retry-After, `crash` 500 twice, `drop` the connection is cut twice, `half` the body is
     cut twice, `garbage` an answer that is no JSON once, `down` always 500, `reject` 400, `cut` finish_reason length,
     `filter` content_filter, `refuse` a refusal in the text. `requests` counts by prompt, `keys` holds the
-    Authorization headers seen.
+    Authorization headers seen. A `script` answers every request instead: body -> status, body, headers.
     """
 
-    def __init__(self, delay_s: float = 0.0, status: int = 200) -> None:
+    def __init__(self, delay_s: float = 0.0, status: int = 200, script: Script | None = None) -> None:
+        self.script = script
         self.requests: Counter[str] = Counter()
         self.keys: set[str] = set()
         self.bodies: list[dict[str, Any]] = []
@@ -67,6 +71,8 @@ class Teacher:
         self.server.server_close()
 
     def answer(self, handler: BaseHTTPRequestHandler, prompt: str, nth: int) -> None:
+        if self.script:
+            return self.send(handler, *self.script(self.bodies[-1]))
         if self.status != 200:
             return self.send(
                 handler, self.status, {"error": {"message": f"bad key {handler.headers['Authorization']}"}}
@@ -103,7 +109,7 @@ class Teacher:
     def send(
         self, handler: BaseHTTPRequestHandler, status: int, body: Any, headers: dict[str, str] | None = None
     ) -> None:
-        data = b"{not json" if body is None else json.dumps(body).encode()
+        data = b"{not json" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         handler.send_response(status)
         for name, value in {
             "Content-Type": "application/json",

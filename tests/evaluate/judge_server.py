@@ -16,6 +16,8 @@ class JudgeServer:
 
     def __init__(self) -> None:
         self.reply: Reply = lambda a, b: "[[C]]"
+        self.message: Callable[[str], dict[str, Any]] = lambda verdict: {"content": f"I think … {verdict}"}
+        self.finish = "stop"
         self.failures: list[int] = []  # status codes to answer with first
         self.location = ""
         self.requests: list[dict[str, Any]] = []
@@ -42,7 +44,8 @@ class JudgeServer:
             question = body["messages"][-1]["content"]
             a = question.split("# Answer A\n")[1].split("\n\n# Answer B\n")[0]
             b = question.split("# Answer B\n")[1].split("\n\nWhich")[0]
-            payload: Any = {"choices": [{"message": {"content": f"I think … {self.reply(a, b)}"}}]}
+            message = self.message(self.reply(a, b))
+            payload: Any = {"choices": [{"message": message, "finish_reason": self.finish}]}
         else:
             payload = {"error": f"no: {handler.headers['Authorization']}"}
         data = json.dumps(payload).encode()

@@ -95,6 +95,25 @@ def test_two_models_are_compared_prompt_by_prompt_and_judged(
     assert "sk-never-shown" not in out + err
 
 
+@pytest.mark.slow
+def test_a_judge_that_fails_leaves_the_answers_and_the_report(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAD_CACHE", str(tmp_path / "cache"))
+    judge = JudgeServer()
+    judge.failures = [401] * 100
+    words = ["eval", str(model), "--data", str(data), "--max-response-length", "8", "--max-prompt-length", "100"]
+    words += ["--engine", "hf", "--device", "cpu", "--no-fresh", "--quiet", "--html", str(tmp_path / "report.html")]
+    words += ["--judge-endpoint", judge.url, "--judge-model", "j", "--judge-cache", str(tmp_path / "verdicts.jsonl")]
+    assert app.run(words) == 3
+    judge.close()
+    out, err = capfd.readouterr()
+    assert "401" in err
+    assert "val/rouge_l" in out
+    assert (tmp_path / "report.html").exists()
+    assert len((tmp_path / "verdicts.answers.jsonl").read_text().splitlines()) == 12
+
+
 def test_a_missing_file_is_a_data_error(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["eval", str(model), "--data", str(tmp_path / "no.parquet"), "--engine", "hf", "--device", "cpu", "--quiet"]
     assert app.run(words) == 3
@@ -117,6 +136,7 @@ def test_a_model_without_a_scalar_head_is_no_discriminator(
         (["--engine", "tgi"], "--engine is tgi"),
         (["-t", "-1"], "outside 0 to 10"),
         (["--judge-endpoint", "https://host/v1"], "without --judge-model"),
+        (["--judge-endpoint", "host/v1", "--judge-model", "j"], "not an http"),
     ],
 )
 def test_wrong_options_are_usage_errors_before_anything_starts(

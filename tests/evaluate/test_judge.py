@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evaluate.judge_server import JudgeServer, Reply
+from gadcli.endpoint import client
+from gadcli.endpoint.client import ChatEndpoint
 from gadcli.errors import ConfigError, DataError
-from gadcli.evaluate import chat_endpoint
-from gadcli.evaluate.chat_endpoint import ChatEndpoint
-from gadcli.evaluate.judge import Pair, judge, parse_verdict
+from gadcli.evaluate.judge import JudgeResult, Pair, judge_endpoint, parse_verdict
+from gadcli.evaluate.judge import judge as run_judge
 
 KEY = "sk-very-secret-0123456789"
 
@@ -20,10 +22,14 @@ KEY = "sk-very-secret-0123456789"
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
     monkeypatch.setenv("GAD_JUDGE_API_KEY", KEY)
-    monkeypatch.setattr(ChatEndpoint.__init__, "__defaults__", ("", "KEY", 0.001))  # no long waits between attempts
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.001)  # no long waits between attempts
     running = JudgeServer()
     yield running
     running.close()
+
+
+def judge(pairs: list[Pair], url: str, model: str, cache: Path, workers: int = 8) -> JudgeResult:
+    return run_judge(pairs, judge_endpoint(url, model, 512), cache, workers=workers)
 
 
 def letters(quality: dict[str, int]) -> Reply:
@@ -108,7 +114,7 @@ def test_a_server_that_stays_busy_is_given_up(server: JudgeServer, tmp_path: Pat
     server.failures = [503] * 100
     with pytest.raises(DataError, match="503"):
         judge(PAIRS[:1], server.url, "judge-1", tmp_path / "cache.jsonl", workers=1)
-    assert len(server.requests) == chat_endpoint.ATTEMPTS
+    assert len(server.requests) == 2 * (1 + 6)  # both orders, each with 6 retries
 
 
 def test_an_unreachable_server_is_an_error_with_its_address(server: JudgeServer, tmp_path: Path) -> None:
@@ -121,10 +127,10 @@ def test_the_key_reaches_the_server_and_nothing_else(
 ) -> None:
     result = judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl")
     assert set(server.keys) == {f"Bearer {KEY}"}
-    server.failures = [400]  # this server quotes the key in its error
+    server.failures = [400, 400]  # this server quotes the key in its error
     with pytest.raises(DataError) as caught:
         judge([Pair("new", "x", "y")], server.url, "judge-1", tmp_path / "cache.jsonl")
-    endpoint = ChatEndpoint(server.url, "m", KEY)
+    endpoint = judge_endpoint(server.url, "m", 512)
     seen = [str(caught.value), repr(caught.value), str(caught.value.hint), repr(endpoint), json.dumps(result.to_json())]
     seen += [(tmp_path / "cache.jsonl").read_text(), *capfd.readouterr()]
     assert all(KEY not in text for text in seen)
@@ -168,3 +174,30 @@ def test_the_last_verdict_of_a_reply_counts() -> None:
     assert parse_verdict("At first [[A]], but no: [[B]]") == "B"
     assert parse_verdict("equal [[C]].") == "C"
     assert parse_verdict("A is better") == ""
+
+
+def test_judges_that_think_or_answer_in_parts_are_understood(server: JudgeServer, tmp_path: Path) -> None:
+    forms: list[dict[str, Any]] = [
+        {"content": [{"type": "text", "text": "clear: [[ a ]]"}]},
+        {"content": None, "reasoning_content": "[[B]] at first, but in the end [[A]]"},
+        {"content": "[[A]]", "reasoning": "[[B]] looks good too"},
+    ]
+    for number, form in enumerate(forms):
+        server.message = lambda verdict, form=form: form
+        result = judge(PAIRS[:1], server.url, f"judge-{number}", tmp_path / "cache.jsonl")
+        assert (result.unparsed, result.flipped) == (0, 1)  # A in both orders
+
+
+def test_a_judge_that_only_thinks_until_it_is_cut_off_is_an_error_that_says_so(
+    server: JudgeServer, tmp_path: Path
+) -> None:
+    server.message, server.finish = lambda _: {"content": None, "reasoning_content": "maybe [[A]], or"}, "length"
+    with pytest.raises(DataError, match="2 replies were cut off") as caught:
+        judge(PAIRS[:1], server.url, "judge-1", tmp_path / "cache.jsonl")
+    assert "--judge-max-tokens" in str(caught.value.hint)
+
+
+def test_one_rejected_pair_does_not_end_an_evaluation(server: JudgeServer, tmp_path: Path) -> None:
+    server.failures = [200, 400]
+    result = judge(PAIRS, server.url, "judge-1", tmp_path / "cache.jsonl", workers=1)
+    assert (result.unparsed, result.ties) == (1, 2)

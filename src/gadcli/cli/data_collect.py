@@ -7,14 +7,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gadcli.cli.common import JsonOption, QuietOption, print_json
 
 if TYPE_CHECKING:
-    from gadcli.data.collect import CollectSpec, Tally
+    from gadcli.endpoint.ask import Tally
+    from gadcli.endpoint.collect import CollectSpec
+
+EXTRA_BODY_EXAMPLE = """--extra-body '{"chat_template_kwargs": {"enable_thinking": false}}'"""
 
 PromptsArgument = Annotated[
     list[str], typer.Argument(metavar="PROMPTS...", help="Parquet or jsonl with messages or plain text.")
@@ -29,56 +32,71 @@ ResponseKeyOption = Annotated[str, typer.Option("--response-key", metavar="C", h
 def collect(
     prompts: PromptsArgument,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="Parquet to write; its journal is beside it.")
+        Path, typer.Option("--out", "-o", metavar="FILE", help="Output Parquet file; a resume log is kept next to it.")
     ],
     endpoint: Annotated[
         str, typer.Option("--endpoint", metavar="URL", help="Base URL, such as http://127.0.0.1:8000/v1.")
     ],
-    model: Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Model name the endpoint knows.")],
+    model: Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Model name at the endpoint.")],
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="System prompt for prompts without one.")
     ] = "",
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Maximum tokens per answer.")] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0, max=2, help="Sampling temperature.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", min=0, max=1, help="Nucleus.")] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Requests at once.")] = 16,
-    retries: Annotated[int, typer.Option("--retries", min=0, max=20, help="Tries after the first, with backoff.")] = 6,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds an answer may take.")] = 300.0,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0, max=1, help="Top-p (nucleus) probability mass.")
+    ] = None,
+    extra_body: Annotated[
+        str, typer.Option("--extra-body", metavar="JSON", help="Further fields of each request, as a JSON object.")
+    ] = "",
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers per prompt, each a row.")] = 1,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Parallel requests.")] = 16,
+    retries: Annotated[int, typer.Option("--retries", min=0, max=20, help="Retries per request, with backoff.")] = 6,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Timeout per answer, in seconds.")] = 300.0,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Only the first N prompts; 0 takes all.")] = 0,
-    exclude: Annotated[str, typer.Option("--exclude", help="Statuses left out of -o: refused,truncated or none.")] = (
+    exclude: Annotated[str, typer.Option("--exclude", help="Statuses to leave out: refused,truncated or none.")] = (
         "refused,truncated"
     ),
     price_in: Annotated[
-        float, typer.Option("--price-in", min=0, help="Per million prompt tokens, to show the cost.")
+        float, typer.Option("--price-in", min=0, help="Price per million prompt tokens, to show the cost.")
     ] = 0.0,
-    price_out: Annotated[float, typer.Option("--price-out", min=0, help="Per million answer tokens.")] = 0.0,
+    price_out: Annotated[float, typer.Option("--price-out", min=0, help="Price per million answer tokens.")] = 0.0,
+    budget: Annotated[
+        float, typer.Option("--budget", min=0, help="Stop before the answers in the file cost more; 0: no limit.")
+    ] = 0.0,
     key_env: Annotated[
-        str, typer.Option("--key-env", metavar="VAR", help="Environment variable that holds the key.")
+        str, typer.Option("--key-env", metavar="VAR", help="Environment variable that holds the API key.")
     ] = "OPENAI_API_KEY",
     prompt_key: PromptKeyOption = "content",
     response_key: ResponseKeyOption = "teacher_response",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Teacher answers from an OpenAI-compatible API. Killed? The same command goes on; no answer is paid for twice."""
-    from dataclasses import asdict
-
-    from gadcli.data.collect import STATUSES, CollectSpec
-    from gadcli.data.collect import collect as run_collect
+    """Collect teacher answers from an OpenAI-compatible API. Rerun to resume; no answer is paid for twice."""
+    from gadcli.endpoint.ask import Price
+    from gadcli.endpoint.client import ChatEndpoint
+    from gadcli.endpoint.collect import CollectSpec
+    from gadcli.endpoint.collect import collect as run_collect
+    from gadcli.endpoint.reply import STATUSES
     from gadcli.errors import ConfigError
 
     left_out = tuple(s for s in exclude.replace(" ", "").split(",") if s and s != "none")
     if unknown := [s for s in left_out if s not in STATUSES[1:3]]:
-        raise ConfigError(f"--exclude {unknown[0]!r}: it knows refused, truncated and none", "--exclude refused")
-    if not endpoint.startswith(("http://", "https://")):
-        raise ConfigError(f"--endpoint {endpoint!r} is no URL", "--endpoint http://127.0.0.1:8000/v1")
+        raise ConfigError(f"--exclude {unknown[0]!r}: takes refused, truncated or none", "--exclude refused")
+    if budget and not (price_in or price_out):
+        raise ConfigError("--budget needs prices", "--price-in and --price-out, per million tokens")
+    if n > 1 and temperature == 0:
+        raise ConfigError(f"--n {n} at temperature 0 would pay for {n} equal answers", "--temperature 1")
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    params = {k: v for k, v in given.items() if v is not None} | _extra_fields(extra_body)
+    chat = ChatEndpoint(
+        endpoint, model, os.environ.get(key_env, ""), key_env, params, retries=retries, timeout_s=timeout
+    )
     spec = CollectSpec(
-        prompts, out, endpoint, model, os.environ.get(key_env, ""), prompt_key, response_key, system,
-        {k: v for k, v in given.items() if v is not None}, concurrency, retries, timeout, limit, left_out, price_in,
-        price_out,
+        prompts, out, chat, prompt_key, response_key, system, samples=n, concurrency=concurrency, limit=limit,
+        exclude=left_out, price=Price(price_in, price_out, budget),
     )  # fmt: skip
     try:
         tally = run_collect(spec, Progress(spec, quiet))
@@ -86,16 +104,52 @@ def collect(
         print(f"\n{spec.journal} keeps the answers so far; the same command goes on from there", file=sys.stderr)
         raise
     if as_json:
-        result = asdict(tally)
-        for name in ("started", "last_failure", "failed_in_a_row", "stopped"):
-            del result[name]
-        print_json({**result, "counts": dict(tally.counts), "out": str(out), "cost": tally.cost(spec)})
+        print_json(_result(tally, spec))
     elif not quiet:
-        print(f"{out}: {tally.total:,} prompts, {tally.reused:,} answered before; now {tally.line(spec)}")
-        if excluded := sum(tally.counts[s] for s in left_out):
-            print(f"{excluded:,} of the new answers left out ({exclude})")
-        if tally.repeated or tally.bad_prompts:
-            print(f"{tally.repeated:,} repeated prompts asked once, {tally.bad_prompts:,} rows without a usable prompt")
+        _print_result(tally, spec, exclude)
+
+
+def _extra_fields(text: str) -> dict[str, Any]:
+    """The object of --extra-body. Raises ConfigError for anything else, and for fields that have other options."""
+    from gadcli.errors import ConfigError
+
+    try:
+        fields = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"--extra-body is not JSON: {error}", EXTRA_BODY_EXAMPLE) from None
+    if not isinstance(fields, dict):
+        raise ConfigError("--extra-body is not a JSON object", EXTRA_BODY_EXAMPLE)
+    if taken := [name for name in ("model", "messages", "n") if name in fields]:
+        raise ConfigError(f"--extra-body sets {taken[0]}, which gad sets itself", f"see --{taken[0]} or PROMPTS")
+    return fields
+
+
+def _result(tally: Tally, spec: CollectSpec) -> dict[str, Any]:
+    """The shape of --json."""
+    from dataclasses import asdict
+
+    result = asdict(tally)
+    for name in ("started", "last_failure", "failed_in_a_row", "stopped"):
+        del result[name]
+    cost = spec.price.of(tally.tokens_in, tally.tokens_out)
+    return {**result, "counts": dict(tally.counts), "oddities": dict(tally.oddities), "out": str(spec.out),
+            "cost": cost}  # fmt: skip
+
+
+def _print_result(tally: Tally, spec: CollectSpec, exclude: str) -> None:
+    print(f"{spec.out}: {tally.total:,} prompts, {tally.reused:,} answered before; now {tally.line(spec.price)}")
+    if tally.over_budget:
+        print(f"stopped at the budget of {spec.price.budget:g}: {tally.total - tally.done:,} not asked, "
+              f"{tally.spent:.4f} spent on this file; a larger --budget continues")  # fmt: skip
+    if excluded := sum(tally.counts[s] for s in spec.exclude):
+        print(f"{excluded:,} of the new answers left out ({exclude})")
+    for status, meaning in (("empty", "without any text"), ("tool_call", "that call a tool"), ("rejected", "rejected")):
+        if tally.counts[status]:
+            print(f"{tally.counts[status]:,} {meaning}, left out")
+    for what, count in tally.oddities.items():
+        print(f"note: {count:,} answers {what}")
+    if tally.repeated or tally.bad_prompts:
+        print(f"{tally.repeated:,} repeated prompts asked once, {tally.bad_prompts:,} rows without a usable prompt")
 
 
 class Progress:
@@ -110,7 +164,7 @@ class Progress:
             return
         self.last = now
         start, end = ("\r\x1b[K", "\n" if over else "") if self.live else ("", "\n")
-        print(start + tally.line(self.spec), end=end, file=sys.stderr, flush=True)
+        print(start + tally.line(self.spec.price), end=end, file=sys.stderr, flush=True)
 
 
 def split(

@@ -11,6 +11,7 @@ import typer
 from gadcli.cli.common import JsonOption, QuietOption
 
 if TYPE_CHECKING:
+    from gadcli.endpoint.client import ChatEndpoint
     from gadcli.evaluate.answers import AnswerRequest, AnswerSet
     from gadcli.evaluate.report import Report
 
@@ -42,26 +43,37 @@ def main(
     discriminator_values: Annotated[
         str, typer.Option(metavar="V", help="Its run's critic.values: last or all.")
     ] = "last",
-    judge_endpoint: Annotated[
+    judge_url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="OpenAI-compatible judge, as https://host/v1; key in GAD_JUDGE_API_KEY."),
+        typer.Option(
+            "--judge-endpoint",
+            metavar="URL",
+            help="OpenAI-compatible judge: https://host/v1; key in GAD_JUDGE_API_KEY.",
+        ),
     ] = None,
     judge_model: Annotated[str, typer.Option(metavar="NAME", help="The judge's model name.")] = "",
     judge_cache: Annotated[
-        Path, typer.Option(metavar="FILE", help="Verdicts already given; an interrupted judging goes on from it.")
+        Path, typer.Option(metavar="FILE", help="The judge's replies, kept so that none is paid for twice.")
     ] = Path("gad-judge.jsonl"),
+    judge_max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum tokens of a judge's reply, its reasoning included.")
+    ] = 2048,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report, one file.")] = None,
     samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer, as JSON lines.")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score a model on held-out rows: ROUGE-L, lengths, a fresh discriminator, and a judge where one is given."""
+    from gadcli.data.files import expand
     from gadcli.evaluate.answers import AnswerRequest
 
     temperatures = tuple(dict.fromkeys(temperature or [0.0]))
-    _check(engine, device, temperatures, judge_endpoint, judge_model, discriminator_values)
-    from gadcli.data.files import expand
+    _check(engine, device, temperatures, judge_url, judge_model, discriminator_values)
+    judge = None
+    if judge_url:
+        from gadcli.evaluate.judge import judge_endpoint
 
+        judge = judge_endpoint(judge_url, judge_model, judge_max_tokens)
     expand(data)  # a misspelt file should not wait for a model to load
     request = AnswerRequest(
         model=model, files=tuple(data), temperatures=temperatures, n=n, rows=rows,
@@ -70,18 +82,25 @@ def main(
         discriminator_values=discriminator_values,
     )  # fmt: skip
     sets = _draw(request, against, _progress("answers", quiet))
+    # On disk before anything else may fail: sampling them is the dear part.
+    samples = samples or (judge_cache.with_suffix(".answers.jsonl") if judge else None)
+    if samples:
+        _write_samples(sets, samples)
     report = _report(request, sets, fresh)
-    if judge_endpoint:
-        report.judge = _judge(sets, against, judge_endpoint, judge_model, judge_cache, _progress("verdicts", quiet))
-    _write(report, sets, html, samples)
-    _print(report, as_json)
+    try:
+        if judge:
+            report.judge = _judge(sets, against, judge, judge_cache, _progress("verdicts", quiet))
+    finally:  # a judge that fails takes nothing with it
+        if html:
+            _write_html(report, sets, html)
+        _print(report, as_json)
 
 
 def _check(
     engine: str,
     device: str,
     temperatures: tuple[float, ...],
-    judge_endpoint: str | None,
+    judge_url: str | None,
     judge_model: str,
     discriminator_values: str,
 ) -> None:
@@ -97,7 +116,7 @@ def _check(
         )
     if any(not 0.0 <= temperature <= 10.0 for temperature in temperatures):
         raise ConfigError("--temperature is outside 0 to 10", "0 is greedy")
-    if judge_endpoint and not judge_model:
+    if judge_url and not judge_model:
         raise ConfigError("--judge-endpoint without --judge-model", "name the model that judges")
 
 
@@ -122,7 +141,7 @@ def _report(request: AnswerRequest, sets: list[AnswerSet], fresh: bool) -> Repor
 
 
 def _judge(
-    sets: list[AnswerSet], against: str | None, endpoint: str, model: str, cache: Path,
+    sets: list[AnswerSet], against: str | None, endpoint: ChatEndpoint, cache: Path,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, float | str | None]:  # fmt: skip
     """The first temperature's answers against the second model's, or else the teacher's."""
@@ -134,26 +153,28 @@ def _judge(
         Pair(sample.prompt, sample.student, others[row].student if against else sample.teacher)
         for row, sample in sorted(ours.items())
     ]
-    result = judge(pairs, endpoint, model, cache, progress=progress)
+    result = judge(pairs, endpoint, cache, progress=progress)
     return {**result.to_json(), "against": against or "the teacher"}
 
 
-def _write(report: Report, sets: list[AnswerSet], html: Path | None, samples: Path | None) -> None:
+def _write_html(report: Report, sets: list[AnswerSet], path: Path) -> None:
+    from gadcli.evaluate.html import html_report
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html_report(report, sets), encoding="utf-8")
+
+
+def _write_samples(sets: list[AnswerSet], path: Path) -> None:
+    """Every answer, one JSON object per line."""
     import json
     from dataclasses import asdict
 
-    if html:
-        from gadcli.evaluate.html import html_report
-
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(html_report(report, sets), encoding="utf-8")
-    if samples:
-        samples.parent.mkdir(parents=True, exist_ok=True)
-        with samples.open("w", encoding="utf-8") as file:
-            for found in sets:
-                for row, sample in zip(found.row_ids, found.samples, strict=True):
-                    record = {"model": found.model, "temperature": found.temperature, "row": row, **asdict(sample)}
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for found in sets:
+            for row, sample in zip(found.row_ids, found.samples, strict=True):
+                record = {"model": found.model, "temperature": found.temperature, "row": row, **asdict(sample)}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _print(report: Report, as_json: bool) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from data_rows import user
+from data_rows import make_tokenizer, user
 from gadcli.cli.app import run
-from gadcli.data import collect as collect_module
+from gadcli.endpoint import client
 from teacher_server import Teacher
 
 SECRET = "sk-canary-0123456789abcdef"
@@ -24,7 +24,7 @@ SECRET = "sk-canary-0123456789abcdef"
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
 
 
@@ -56,7 +56,7 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
     return pq.read_table(tmp_path / "out.parquet").to_pylist()
 
 
-def test_answers_come_in_the_prompts_order_and_train_as_they_are(tmp_path: Path, model_folder: Path) -> None:
+def test_answers_come_in_the_prompts_order_and_train_as_they_are(tmp_path: Path) -> None:
     texts = [f"q{i}" for i in range(40)]
     with Teacher() as teacher:
         code = run(
@@ -67,7 +67,8 @@ def test_answers_come_in_the_prompts_order_and_train_as_they_are(tmp_path: Path,
     assert [r["teacher_response"] for r in rows(tmp_path)] == [f"answer to {t}" for t in texts]
     assert teacher.bodies[0]["max_tokens"] == 64
     assert teacher.bodies[0]["temperature"] == 0.5
-    assert run(["data", "check", str(tmp_path / "out.parquet"), "-t", str(model_folder), "-q"]) == 0
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    assert run(["data", "check", str(tmp_path / "out.parquet"), "-t", str(tmp_path / "model"), "-q"]) == 0
 
 
 @pytest.mark.parametrize("fault", ["throttle", "crash", "drop", "half", "garbage"])
@@ -227,7 +228,7 @@ def test_killed_in_the_middle_it_goes_on_without_paying_twice(how: signal.Signal
 
 
 def test_two_collectors_on_one_file_are_refused(tmp_path: Path, capsys: Any) -> None:
-    from gadcli.data.journal import Journal
+    from gadcli.endpoint.journal import Journal
 
     with Teacher() as teacher, Journal(tmp_path / "out.parquet.journal.jsonl"):
         assert run(words(tmp_path, teacher, prompts_file(tmp_path, ["q"]), "-q")) == 2
@@ -240,3 +241,125 @@ def test_a_file_that_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
         assert run(words(tmp_path, teacher, prompts_file(tmp_path, ["q"]), "-q")) == 2
     assert (tmp_path / "out.parquet").read_text() == "precious"
     assert not teacher.requests
+
+
+def scripted(message: dict[str, Any], finish: str = "stop", usage: tuple[int, int] = (5, 7)) -> Any:
+    counts = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+    body = {"model": "m", "choices": [{"message": message, "finish_reason": finish}], "usage": counts}
+    return lambda _: (200, body, {})
+
+
+def test_reasoning_has_a_column_of_its_own(tmp_path: Path) -> None:
+    script = scripted({"content": "It is 3", "reasoning_content": "First I think."})
+    with Teacher(script=script) as teacher:
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, ["q"]), "-q")) == 0
+    assert [(r["teacher_response"], r["reasoning"]) for r in rows(tmp_path)] == [("It is 3", "First I think.")]
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, ["other"]), "-q")) == 0
+    assert rows(tmp_path)[0]["reasoning"] is None
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "said"),
+    [
+        ({"content": None, "reasoning_content": "I thought until the end"}, "length", "3 truncated"),
+        ({"content": "", "reasoning_content": "I thought, and stopped"}, "stop", "3 empty"),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", "3 tool_call"),
+        ({"content": "I'm sorry, but I can't help with that."}, "stop", "3 refused"),
+    ],
+)
+def test_a_file_without_one_usable_answer_is_a_data_error(
+    message: dict[str, Any], finish: str, said: str, tmp_path: Path, capsys: Any
+) -> None:
+    prompts = prompts_file(tmp_path, ["a", "b", "c"])
+    with Teacher(script=scripted(message, finish)) as teacher:
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 3
+        assert said in capsys.readouterr().err
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 3
+    assert len(teacher.bodies) == 3  # answers without use are paid for once too
+    assert rows(tmp_path) == []
+
+
+def test_several_answers_per_prompt_are_rows_of_their_own(tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path, ["a", "b"])
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 0
+        assert run(words(tmp_path, teacher, prompts, "-q", "--n", "3")) == 0
+    assert teacher.requests == {"a": 3, "b": 3}  # the first answer of each is that of the first run
+    assert [r["content"][0]["content"] for r in rows(tmp_path)] == ["a", "a", "a", "b", "b", "b"]
+
+
+def test_the_budget_is_never_exceeded_and_counts_earlier_runs(tmp_path: Path, capsys: Any) -> None:
+    """An answer costs 5 * 100/1e6 + 7 * 500/1e6 = 0.004: a budget of 0.03 pays for 7, one of 0.05 for 12."""
+    prompts = prompts_file(tmp_path, [f"q{i}" for i in range(30)])
+    money = ("--price-in", "100", "--price-out", "500", "--concurrency", "4")
+    with Teacher(script=scripted({"content": "fine"})) as teacher:
+        assert run(words(tmp_path, teacher, prompts, *money, "--budget", "0.03")) == 0
+        assert "stopped at the budget of 0.03: 23 not asked, 0.0280 spent" in capsys.readouterr().out
+        assert (len(teacher.bodies), len(rows(tmp_path))) == (7, 7)
+        assert run(words(tmp_path, teacher, prompts, *money, "--budget", "0.05", "--json")) == 0
+        assert json.loads(capsys.readouterr().out)["spent"] == pytest.approx(0.048)
+        assert len(teacher.bodies) == 12
+        assert run(words(tmp_path, teacher, prompts, *money, "--budget", "0.05", "-q")) == 0
+    assert len(teacher.bodies) == 12  # nothing more fits
+
+
+def test_a_budget_needs_an_endpoint_that_counts_tokens(tmp_path: Path, capsys: Any) -> None:
+    prompts = prompts_file(tmp_path, ["a", "b", "c"])
+    with Teacher(script=scripted({"content": "fine"}, usage=(0, 0))) as teacher:
+        assert run(words(tmp_path, teacher, prompts, "-q", "--price-out", "1", "--budget", "1")) == 2
+    assert len(teacher.bodies) == 1
+    assert "--budget cannot be kept" in capsys.readouterr().err
+
+
+def test_credit_that_ends_half_way_leaves_what_was_paid_for(tmp_path: Path, capsys: Any) -> None:
+    prompts = prompts_file(tmp_path, [f"q{i}" for i in range(9)])
+    quota = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
+    with Teacher() as teacher:
+        answer = scripted({"content": "fine"})
+        teacher.script = lambda body: answer(body) if len(teacher.bodies) <= 4 else (429, quota, {})
+        assert run(words(tmp_path, teacher, prompts, "-q", "--concurrency", "1")) == 3
+        assert "no credit is left" in capsys.readouterr().err
+        assert (len(rows(tmp_path)), len(teacher.bodies)) == (4, 5)
+        teacher.script = answer
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 0
+    assert (len(rows(tmp_path)), len(teacher.bodies)) == (9, 10)
+
+
+def test_rejected_requests_are_asked_again_once_the_endpoint_takes_them(tmp_path: Path) -> None:
+    """While nothing at all was answered, the fault is the request's or the server's, not a prompt's."""
+    prompts = prompts_file(tmp_path, [f"q{i}" for i in range(6)])
+    with Teacher(script=lambda _: (400, {"error": {"message": "no chat template"}}, {})) as teacher:
+        assert run(words(tmp_path, teacher, prompts, "-q", "--concurrency", "1")) == 2
+        teacher.script = scripted({"content": "fine"})
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 0
+    assert len(rows(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--extra-body", "{"], "not JSON"),
+        (["--extra-body", "[1]"], "not a JSON object"),
+        (["--extra-body", '{"messages": []}'], "which gad sets itself"),
+        (["--budget", "3"], "--budget needs prices"),
+        (["--n", "2", "--temperature", "0"], "equal answers"),
+        (["--endpoint", "teacher/v1"], "not an http"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_asked(
+    options: list[str], said: str, tmp_path: Path, capsys: Any
+) -> None:
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts_file(tmp_path, ["q"]), *options)) == 2
+    assert said in capsys.readouterr().err
+    assert not teacher.bodies
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_extra_fields_are_sent_and_change_what_is_asked(tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path, ["q"])
+    with Teacher() as teacher:
+        assert run(words(tmp_path, teacher, prompts, "-q")) == 0
+        assert run(words(tmp_path, teacher, prompts, "-q", "--extra-body", '{"seed": 7}')) == 0
+    assert [body.get("seed") for body in teacher.bodies] == [None, 7]

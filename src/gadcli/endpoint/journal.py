@@ -1,4 +1,4 @@
-"""An append-only file of answers already paid for: what lets `gad data collect` go on after a kill (torch-free)."""
+"""An append-only file of answers already paid for: a killed `gad data collect` or judging continues from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gadcli.errors import ConfigError, ResourceError
+from gadcli.errors import ConfigError, DataError, GadError, ResourceError
 
 
 def request_key(model: str, messages: list[dict[str, str]], params: dict[str, Any]) -> str:
@@ -20,13 +20,15 @@ def request_key(model: str, messages: list[dict[str, str]], params: dict[str, An
 
 
 class Journal:
-    """One JSON line an answer, flushed as it arrives. In memory: a file offset for each key.
+    """One JSON line per answer, flushed as it arrives. In memory: a file offset for each key; the last line of a key
+    counts.
 
-    A line torn by a kill is cut off on opening. A second collector on the same file is refused.
+    A line torn by a kill is cut off on opening. A second process on the same file waits its turn (`wait`) or gets a
+    ConfigError. `option` is the one that names another file, for hints.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, option: str = "-o", wait: bool = False) -> None:
+        self.path, self.option, self.wait = path, option, wait
         self.offsets: dict[str, int] = {}
 
     def __enter__(self) -> Journal:
@@ -34,15 +36,21 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+b")  # closed by __exit__
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be written: {error.strerror}", "choose another -o") from None
+            raise ConfigError(
+                f"{self.path}: cannot be written: {error.strerror}", f"choose another {self.option}"
+            ) from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
         except BlockingIOError:
             self._file.close()
             raise ConfigError(
-                f"{self.path}: another collect is writing to it", "wait for it, or use another -o"
+                f"{self.path}: another collect is writing to it", f"wait for it, or use another {self.option}"
             ) from None
-        self._load()
+        try:
+            self._load()
+        except GadError:
+            self._file.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
@@ -52,13 +60,15 @@ class Journal:
     def _load(self) -> None:
         self._file.seek(0)
         offset = 0
-        for line in self._file:
+        for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
                 self.offsets[json.loads(line)["key"]] = offset
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"{self.path}: byte {offset}: not a line of this journal", "use another -o") from None
+                raise DataError(
+                    f"{self.path}:{number}: not a line of a journal of answers", f"use another {self.option}"
+                ) from None
             offset += len(line)
         self._file.truncate(offset)
         self._file.seek(0, os.SEEK_END)
