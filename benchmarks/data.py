@@ -152,15 +152,14 @@ print(json.dumps({"tokens": tokens, "cpu": used.ru_utime + used.ru_stime - START
 
 def write_texts(file: Path, model: Path, out: Path) -> None:
     """The very strings that are tokenised, for the bare tokenizer."""
-    from gadcli.data.check import inspect_all, scan_rows
-    from gadcli.data.files import expand
+    from gadcli.data.check import open_files, scan_rows
     from gadcli.data.findings import Summary
     from gadcli.data.tokenize import ChatTokenizer
 
     tokenizer, keys, summary = ChatTokenizer.from_folder(model), ("content", "teacher_response"), Summary()
     texts: list[str] = []
-    for batch in scan_rows(inspect_all(expand([str(file)]), keys, summary), keys, summary):
-        for row in batch.rows():
+    for batch in scan_rows(open_files([str(file)], keys, summary), summary):
+        for row in batch.good():
             texts += [tokenizer.prompt_text(row.messages), row.teacher]
     out.write_text(json.dumps(texts))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import subprocess
@@ -57,13 +56,11 @@ def test_names_from_a_file_cannot_steer_the_terminal(tmp_path: Path, capsys: Any
     assert "\x1b" not in out + err
 
 
-def test_packed_and_listed_json_are_told_apart(tmp_path: Path) -> None:
-    lines = "\n".join(json.dumps({"content": c, "teacher_response": t}) for c, t in good_rows(3))
-    with gzip.open(tmp_path / "a.jsonl", "wt") as file:
-        file.write(lines)
-    (tmp_path / "b.json").write_text("[" + ",".join(lines.split("\n")) + "]")
+def test_what_is_no_data_but_nearly_is_told_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"PK\x03\x04" + bytes(60))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"content": user("q"), "teacher_response": "a"}, indent=1))
     assert "unpack it first" in check(tmp_path, str(tmp_path / "a.jsonl"))[1][0]["message"]
-    assert "one object a line" in check(tmp_path, str(tmp_path / "b.json"))[1][0]["message"]
+    assert "jq -c . FILE > FILE.jsonl" in check(tmp_path, str(tmp_path / "b.jsonl"))[1][0]["message"]
 
 
 def test_a_glob_finds_the_files_in_folders_named_like_files_once(tmp_path: Path) -> None:
@@ -108,3 +105,15 @@ def test_cleaning_jsonl_keeps_what_it_dropped_and_names_the_columns_it_leaves(tm
     dropped = [json.loads(line) for line in (tmp_path / "clean.dropped.jsonl").read_text().splitlines()]
     assert [d["data"] for d in dropped] == [rows[1], "{torn"]
     assert "columns not carried over: id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
+def test_checking_and_counting_do_not_import_pandas(name: str, write: Callable[..., str], model_folder: Path) -> None:
+    code = (
+        "import sys; from gadcli.cli.app import run; codes = [run(['data', *words, '-q']) for words in "
+        "(['check', sys.argv[1]], ['check', sys.argv[1], '-t', sys.argv[2]])]; print(codes, 'pandas' in sys.modules)"
+    )
+    env: dict[str, Any] = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", code, write([*good_rows(20), (None, None)], name), str(model_folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[3, 3] False", done.stderr

@@ -212,8 +212,8 @@ def head(
 
     keys, summary, shown = (prompt_key, response_key), Summary(), 0
     infos = open_files(files, keys, summary)
-    for batch in scan_rows(infos, keys, summary, most_rows=max(n, 16)):
-        rows = {row.row_id - batch.first_id: row for row in batch.rows()}
+    for batch in scan_rows(infos, summary, most_rows=max(n, 16)):
+        rows = dict(enumerate(batch.rows))
         faults = {(f.row or 0) - batch.first_row: f.message for f in batch.findings}
         for i in range(min(len(batch), n - shown)):
             row = rows.get(i)

@@ -6,9 +6,11 @@ import bisect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from gadcli.data.check import (
     TOKENISED_ROWS,
@@ -22,11 +24,11 @@ from gadcli.data.check import (
     scan_rows,
     tokenise,
 )
-from gadcli.data.duplicates import DuplicateCounter, row_hashes
+from gadcli.data.duplicates import DuplicateCounter, hashes
 from gadcli.data.files import FileInfo
 from gadcli.data.findings import Finding, Summary
 from gadcli.data.reading import CHUNK_ROWS
-from gadcli.data.rows import RowBatch
+from gadcli.data.rows import Row, RowBatch
 from gadcli.data.tokenize import ChatTokenizer
 from gadcli.data.writing import CleanWriter
 from gadcli.errors import DataError
@@ -88,51 +90,56 @@ def _scan(
     special = SpecialText(spec.tokenizer.special_texts) if spec.tokenizer else None
     starts: list[tuple[int, str]] = []
     most = TOKENISED_ROWS if spec.tokenizer else CHUNK_ROWS
-    for batch in scan_rows(infos, spec.keys, summary, progress, with_extras=writer is not None, most_rows=most):
+    for batch in scan_rows(infos, summary, progress, with_extras=writer is not None, most_rows=most):
         start = (batch.first_id - batch.first_row, batch.file)
         if starts[-1:] != [start]:  # a file named twice starts twice
             starts.append(start)
-        trimmed: dict[int, str] = {}
+        trimmed: list[Row] = []
         if special is not None and spec.tokenizer is not None:
-            special.check(batch, spec.keys)
-            tokens = tokenise(spec.tokenizer, batch, spec.keys)
+            special.check(batch)
+            tokens = tokenise(spec.tokenizer, batch)
             if spec.limits is not None:
-                before = batch.bad.copy()
-                limit(tokens, spec.limits, spec.keys)
+                limit(tokens, spec.limits)
                 if spec.fix == "trim":
-                    trimmed = _trim(batch, before, spec.tokenizer, spec.limits)
+                    trimmed = _trim(tokens.rows, batch, spec.tokenizer, spec.limits)
         account(batch, summary)
         summary.truncated += len(trimmed)
-        good, prompt_hashes, both_hashes = row_hashes(batch)
-        repeats.add(both_hashes, batch.first_id + good)
+        good = batch.good()
+        ids = np.fromiter((row.row_id for row in good), np.int64, len(good))
+        asked = [row.prompt_json() for row in good]
+        repeats.add(hashes(a + json.dumps(row.answers).encode() for a, row in zip(asked, good, strict=True)), ids)
         if prompts is not None:
-            prompts.add(prompt_hashes, batch.first_id + good)
+            prompts.add(hashes(asked), ids)
         if writer is not None:
-            writer.write(batch, trimmed)
+            writer.write(batch, sorted(good + trimmed, key=lambda row: row.row_id))
     return starts
 
 
-def _trim(batch: RowBatch, before: Any, tokenizer: ChatTokenizer, limits: Limits) -> dict[int, str]:
-    """Shorter answers for rows whose only fault is the answer's length, cut at a token's end so that EOS fits."""
+def _trim(rows: list[Row], batch: RowBatch, tokenizer: ChatTokenizer, limits: Limits) -> list[Row]:
+    """Those of `rows` whose only fault is an answer's length, with answers cut at a token's end so that EOS fits."""
     faults: dict[int, set[str]] = {}
     for finding in batch.findings:
         if finding.level == "error" and finding.row is not None:
-            faults.setdefault(finding.row - batch.first_row, set()).add(finding.reason)
-    out = {}
-    for i, reasons in faults.items():
-        if reasons != {"teacher_too_long"} or before[i]:
-            continue
-        text = batch.teachers[i].as_py()
-        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-        keep = limits.max_response - 1
-        while keep > 0:
-            shorter = text[: encoding.offsets[keep - 1][1]]
-            # A prefix may tokenize into more pieces than it had inside the whole: look again, and cut deeper.
-            if shorter.strip() and len(tokenizer.encode_answers([shorter])[0]) < limits.max_response:
-                out[i] = shorter
-                break
-            keep -= 1
-    return out
+            faults.setdefault(finding.row - batch.first_row + batch.first_id, set()).add(finding.reason)
+    trimmed = [
+        replace(row, answers=[_cut(answer, tokenizer, limits.max_response) for answer in row.answers])
+        for row in rows
+        if faults.get(row.row_id) == {"teacher_too_long"}
+    ]
+    return [row for row in trimmed if all(row.answers)]
+
+
+def _cut(text: str, tokenizer: ChatTokenizer, most: int) -> str:
+    """As much of an answer as fits `most` tokens with its EOS; empty if nothing does."""
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    if len(encoding) < most:
+        return text
+    for keep in range(most - 1, 0, -1):
+        shorter = text[: encoding.offsets[keep - 1][1]]
+        # A prefix may tokenize into more pieces than it had inside the whole: look again, and cut deeper.
+        if shorter.strip() and len(tokenizer.encode_answers([shorter])[0]) < most:
+            return shorter
+    return ""
 
 
 def _places(starts: list[tuple[int, str]]) -> Place:
@@ -157,9 +164,9 @@ def _overlap(spec: CheckSpec, summary: Summary, prompts: DuplicateCounter, place
     aside = Summary()
     count = 0
     with DuplicateCounter() as held:
-        for batch in scan_rows(open_files(spec.val, spec.keys, aside), spec.keys, aside):
-            good, hashes, _ = row_hashes(batch)
-            held.add(hashes, batch.first_id + good)
+        for batch in scan_rows(open_files(spec.val, spec.keys, aside), aside):
+            good = batch.good()
+            held.add(hashes(row.prompt_json() for row in good), np.arange(len(good)))
         if aside.file_errors:
             summary.add(f for group in aside.examples.values() for f in group)
         for rows in prompts.shared_with(held):
@@ -189,8 +196,8 @@ def masks(patterns: list[str], spec: CheckSpec, n: int) -> Iterator[tuple[list[s
         return
     summary = Summary()
     backend = spec.tokenizer.backend
-    for batch in scan_rows(open_files(patterns, spec.keys, summary), spec.keys, summary, most_rows=64):
-        tokens = tokenise(spec.tokenizer, batch, spec.keys)
+    for batch in scan_rows(open_files(patterns, spec.keys, summary), summary, most_rows=64):
+        tokens = tokenise(spec.tokenizer, batch)
         for j, answer in enumerate(tokens.answers):
             if n <= 0:
                 return

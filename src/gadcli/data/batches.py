@@ -274,13 +274,13 @@ class _Builder:
             DuplicateCounter(self.folder) as repeats,
         ):
             out = (ids, index, hashes, text)
-            for batch in scan_rows(infos, self.keys, summary, progress, most_rows=TOKENISED_ROWS):
-                special.check(batch, self.keys)
-                tokens, cut = limit(tokenise(self.tokenizer, batch, self.keys), self.limits, self.keys)
+            for batch in scan_rows(infos, summary, progress, most_rows=TOKENISED_ROWS):
+                special.check(batch)
+                tokens, cut = limit(tokenise(self.tokenizer, batch), self.limits)
                 account(batch, summary)
                 summary.truncated += cut
                 file_rows[batch.file] = max(file_rows[batch.file], batch.first_row + len(batch))
-                repeats.add(self.write(tokens, out), batch.first_id + tokens.rows)
+                repeats.add(self.write(tokens, out), np.fromiter((r.row_id for r in tokens.rows), np.int64))
             _note_repeats(summary, repeats, infos, file_rows)
         error = failure(
             summary, on_bad_row=self.cfg.on_bad_row, truncation=self.limits.truncation, strict=self.cfg.strict
@@ -309,16 +309,14 @@ class _Builder:
         n = len(tokens.rows)
         entries = np.zeros(n, ENTRY)
         both, prompts_only = np.empty(n, np.uint64), np.empty(n, np.uint64)
-        batch = tokens.batch
-        conversations, teachers = batch.conversations(tokens.rows), batch.teacher_texts(tokens.rows)
         pieces: list[list[int]] = []
-        for j in range(n):
+        for j, row in enumerate(tokens.rows):
             prompt = self.cut(tokens.prompts.ids(j), self.limits.max_prompt)
             answer = self.cut([*tokens.answers[j].ids, self.tokenizer.eos_id], self.limits.max_response)
-            messages = json.dumps(conversations[j], ensure_ascii=False)
-            data = f"[{messages}, {json.dumps(teachers[j], ensure_ascii=False)}]".encode()
+            messages = json.dumps(row.messages, ensure_ascii=False)
+            data = f"[{messages}, {json.dumps(row.teacher, ensure_ascii=False)}]".encode()
             prompts_only[j], both[j] = content_hash(messages.encode()), content_hash(data)
-            entries[j] = (batch.first_id + tokens.rows[j], self.ids_at, self.text_at, len(prompt), len(answer))
+            entries[j] = (row.row_id, self.ids_at, self.text_at, len(prompt), len(answer))
             pieces += (prompt, answer)
             self.ids_at += len(prompt) + len(answer)
             self.text_at += len(data)

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 from tokenizers import Encoding
 
-from gadcli.data.arrays import truths
 from gadcli.data.files import FileInfo, expand, inspect
 from gadcli.data.findings import Finding, Summary, excerpt, printable
 from gadcli.data.reading import CHUNK_ROWS, read_chunks
-from gadcli.data.rows import RowBatch, normalise
+from gadcli.data.rows import Row, RowBatch, normalise, prompts_are_plain
 from gadcli.data.segments import EncodedPrompts, Plan
 from gadcli.data.template import TemplateRefusal
 from gadcli.data.tokenize import ChatTokenizer
@@ -46,7 +44,7 @@ class TokenBatch:
     """A RowBatch's good rows, tokenised. Lengths are in tokens; `answer_lengths` include the EOS."""
 
     batch: RowBatch
-    rows: Ints
+    rows: list[Row]
     prompts: EncodedPrompts
     answers: list[Encoding]
     prompt_lengths: Ints
@@ -58,7 +56,7 @@ class TokenBatch:
         kept = np.flatnonzero(mask).tolist()
         return TokenBatch(
             self.batch,
-            self.rows[mask],
+            [self.rows[i] for i in kept],
             self.prompts.keep(kept),
             [self.answers[i] for i in kept],
             self.prompt_lengths[mask],
@@ -66,27 +64,30 @@ class TokenBatch:
         )
 
 
-def inspect_all(paths: list[str], keys: tuple[str, str], summary: Summary) -> list[FileInfo]:
-    """Every file's footer or first lines; faults go to the summary (1, 18, 20, 24). Returns the readable ones."""
+def open_files(patterns: list[str], keys: tuple[str, str], summary: Summary) -> list[FileInfo]:
+    """The readable ones of the files that are meant; faults go to the summary (1, 18, 20, 24), and what was guessed."""
     infos = []
-    for path in paths:
+    for path in expand(patterns):
         info = inspect(path, *keys)
         if isinstance(info, FileInfo):
             infos.append(info)
+            if info.format.note:
+                summary.add([Finding("read_as", path, info.format.note)])
         else:
             summary.add(info)
-    parquet = [i for i in infos if i.kind == "parquet"]
-    for info in parquet[1:]:
-        for key, first, here in zip(keys, parquet[0].types, info.types, strict=True):
-            if here != first:
-                message = f"column {key!r} is {here[:60]}, in {parquet[0].path} {first[:60]}"
+    typed = [(i, i.schema) for i in infos if i.schema is not None]
+    for info, schema in typed[1:]:
+        first = typed[0][1]
+        for key in (info.format.prompt, info.format.answer):
+            if key in first.names and key in schema.names and (here := schema.field(key).type) != first.field(key).type:
+                other = f"in {typed[0][0].path} {str(first.field(key).type)[:60]}"
+                message = f"column {key!r} is {str(here)[:60]}, {other}"
                 summary.add([Finding("schema_differs", info.path, message, field=key)])
     return infos
 
 
 def scan_rows(
     infos: list[FileInfo],
-    keys: tuple[str, str],
     summary: Summary,
     progress: Progress | None = None,
     with_extras: bool = False,
@@ -96,12 +97,15 @@ def scan_rows(
     total = sum(i.rows for i in infos if i.rows is not None) if all(i.rows is not None for i in infos) else None
     first_id = 0
     for info in infos:
-        read = 0
-        for chunk in read_chunks(info, keys, with_extras, most_rows):
+        read, plain = 0, None
+        for chunk in read_chunks(info, with_extras, most_rows):
             if isinstance(chunk, Finding):
                 summary.add([chunk])
                 continue
-            batch = normalise(chunk, first_id + chunk.first_row, keys)
+            if plain is None and (plain := prompts_are_plain(chunk, info.format)):
+                message = f"read as plain text: each {info.format.prompt} is one user turn"
+                summary.add([Finding("read_as", info.path, message)])
+            batch = normalise(chunk, first_id + chunk.first_row, info.format, bool(plain))
             read = chunk.first_row + len(batch)
             yield batch
             if progress is not None:
@@ -112,127 +116,78 @@ def scan_rows(
 def account(batch: RowBatch, summary: Summary) -> None:
     """Add a finished batch to the summary."""
     summary.total += len(batch)
-    summary.dropped += int(batch.bad.sum())
+    summary.dropped += batch.bad
     summary.add(batch.findings)
 
 
-def tokenise(tokenizer: ChatTokenizer, batch: RowBatch, keys: tuple[str, str]) -> TokenBatch:
+def tokenise(tokenizer: ChatTokenizer, batch: RowBatch) -> TokenBatch:
     """Template and tokenizer over a batch's good rows; flags what the template refuses and EOS-only answers (5)."""
-    good = batch.good()
     encoder = tokenizer.prompts
     plans: list[Plan] = []
     texts: list[list[str]] = []
-    refused: dict[int, str] = {}
-    for i, (roles, contents) in zip(good.tolist(), batch.turns(good), strict=True):
+    for row in batch.good():
         try:
-            plan = encoder.plan(roles)
+            roles, contents = [m["role"] for m in row.messages], [m["content"] for m in row.messages]
+            plan = encoder.plan(tuple(roles))
             texts.append(encoder.texts(plan, roles, contents))
             plans.append(plan)
         except TemplateRefusal as error:
-            refused[i] = printable(str(error))
-    if refused:
-        mask = np.zeros(len(batch), bool)
-        mask[list(refused)] = True
-        batch.flag(mask, "template_refuses", lambda i: refused[i], keys[0])
-        good = batch.good()
+            batch.reject(row, "template_refuses", printable(str(error)), batch.format.prompt)
+    rows = batch.good()
     prompts = encoder.encode(plans, texts)
-    answers = tokenizer.encode_answers(batch.teacher_texts(good))
-    tokens = TokenBatch(
-        batch,
-        good,
-        prompts,
-        answers,
-        prompts.lengths(),
-        np.fromiter(map(len, answers), np.int64, len(answers)) + 1,
-    )
-    # Only short answers are worth a look, and most are not: EOS texts come as one token each.
-    short = np.flatnonzero(tokens.answer_lengths < 9).tolist()
-    if empty := [j for j in short if set(answers[j].ids) <= {tokenizer.eos_id}]:
-        mask = np.zeros(len(batch), bool)
-        mask[good[empty]] = True
-        batch.flag(mask, "teacher_eos_only", "teacher's answer is only the end-of-answer token", keys[1])
-        left = np.ones(len(good), bool)
-        left[empty] = False
-        tokens = tokens.keep(left)
-    return tokens
+    answers = tokenizer.encode_answers([row.teacher for row in rows])
+    lengths = np.fromiter(map(len, answers), np.int64, len(answers)) + 1
+    tokens = TokenBatch(batch, rows, prompts, answers, prompts.lengths(), lengths)
+    left = np.ones(len(rows), bool)
+    for j in np.flatnonzero(lengths < 9).tolist():  # only short answers are worth a look, and most are not
+        if set(answers[j].ids) <= {tokenizer.eos_id}:
+            batch.reject(
+                rows[j], "teacher_eos_only", "teacher's answer is only the end-of-answer token", batch.format.answer
+            )
+            left[j] = False
+    return tokens.keep(left)
 
 
-def limit(tokens: TokenBatch, limits: Limits, keys: tuple[str, str]) -> tuple[TokenBatch, int]:
+def limit(tokens: TokenBatch, limits: Limits) -> tuple[TokenBatch, int]:
     """Flag what is over the limits (4, 13, 14) and leave the rest; under `left` and `right`, also count what will
     be cut. The lengths returned are those before cutting."""
     batch, cutting = tokens.batch, limits.truncation in ("left", "right")
-    long_prompt = tokens.prompt_lengths > limits.max_prompt
-    long_answer = tokens.answer_lengths > limits.max_response
-    prompt = np.minimum(tokens.prompt_lengths, limits.max_prompt)
-    answer = np.minimum(tokens.answer_lengths, limits.max_response)
-    over = prompt + answer > limits.max_model_len
-    cut = 0
-    wrong = np.zeros(len(tokens.rows), bool)
-    if cutting:
-        cut = int(((long_prompt | long_answer) & ~over).sum())
-    else:
-        over = tokens.prompt_lengths + tokens.answer_lengths > limits.max_model_len
-        _flag(
-            batch,
-            tokens,
-            long_prompt,
-            "prompt_too_long",
-            keys[0],
-            lambda p, a: f"prompt is {p} tokens, max_prompt_length {limits.max_prompt}",
-        )
-        _flag(
-            batch,
-            tokens,
-            long_answer,
-            "teacher_too_long",
-            keys[1],
-            lambda p, a: f"teacher's answer is {a} tokens with EOS, max_response_length {limits.max_response}",
-        )
-        wrong = long_prompt | long_answer
-    _flag(
-        batch,
-        tokens,
-        over & ~wrong,
-        "row_too_long",
-        keys[0],
-        lambda p, a: f"prompt {p} + answer {a} = {p + a} tokens, max_model_len {limits.max_model_len}",
-    )
-    return tokens.keep(~(wrong | over)), cut
-
-
-def _flag(
-    batch: RowBatch,
-    tokens: TokenBatch,
-    wrong: npt.NDArray[np.bool_],
-    reason: str,
-    where: str,
-    message: Callable[[int, int], str],
-) -> None:
-    """A row over two limits gets two findings."""
-    for j in np.flatnonzero(wrong).tolist():
-        i = int(tokens.rows[j])
-        text = message(int(tokens.prompt_lengths[j]), int(tokens.answer_lengths[j]))
-        batch.findings.append(batch.finding(i, reason, text, where))
-        batch.bad[i] = True
+    form, kept, cut = batch.format, np.ones(len(tokens.rows), bool), 0
+    for j, (row, p, a) in enumerate(
+        zip(tokens.rows, tokens.prompt_lengths.tolist(), tokens.answer_lengths.tolist(), strict=True)
+    ):
+        faults = []
+        both = min(p, limits.max_prompt) + min(a, limits.max_response) if cutting else p + a
+        if not cutting and p > limits.max_prompt:
+            faults.append(
+                ("prompt_too_long", f"prompt is {p} tokens, max_prompt_length {limits.max_prompt}", form.prompt)
+            )
+        if not cutting and a > limits.max_response:
+            message = f"teacher's answer is {a} tokens with EOS, max_response_length {limits.max_response}"
+            faults.append(("teacher_too_long", message, form.answer))
+        if not faults and both > limits.max_model_len:
+            message = f"prompt {p} + answer {a} = {p + a} tokens, max_model_len {limits.max_model_len}"
+            faults.append(("row_too_long", message, form.prompt))
+        for fault in faults:
+            batch.reject(row, *fault)
+        kept[j] = not faults
+        cut += cutting and not faults and (p > limits.max_prompt or a > limits.max_response)
+    return tokens.keep(kept), cut
 
 
 class SpecialText:
     """Finds the text of special tokens inside messages and answers (15): it would be read as control tokens."""
 
     def __init__(self, texts: tuple[str, ...]) -> None:
-        self.pattern = "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or None
+        self.pattern = re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or "(?!)")
 
-    def check(self, batch: RowBatch, keys: tuple[str, str]) -> None:
-        if self.pattern is None:
-            return
-        for array, where in ((batch.texts, keys[0]), (batch.teachers, keys[1])):
-            hits = np.flatnonzero(truths(pc.match_substring_regex(array, self.pattern)))
-            if not len(hits):
-                continue
-            rows = np.searchsorted(batch.starts, hits, side="right") - 1 if array is batch.texts else hits
-            for i, hit in dict(zip(rows.tolist(), hits.tolist(), strict=True)).items():
-                message = "contains the text of a special token"
-                batch.findings.append(batch.finding(i, "special_text", message, where, excerpt(array[hit].as_py())))
+    def check(self, batch: RowBatch) -> None:
+        for row in batch.good():
+            parts = [(m["content"], batch.format.prompt) for m in row.messages]
+            for text, where in [*parts, *((answer, batch.format.answer) for answer in row.answers)]:
+                if self.pattern.search(text):
+                    batch.warn(row, "special_text", "contains the text of a special token", where, excerpt(text))
+                    break
 
 
 def failure(summary: Summary, *, on_bad_row: str, truncation: str, strict: bool) -> DataError | None:
@@ -254,8 +209,3 @@ def failure(summary: Summary, *, on_bad_row: str, truncation: str, strict: bool)
     rows = [f.row for f in fatal if f.row is not None]
     advice = "; data.on_bad_row=drop leaves bad rows out" if rows and not strict else ""
     return DataError("; ".join(parts) + more, f"gad data check FILES lists every fault{advice}")
-
-
-def open_files(patterns: list[str], keys: tuple[str, str], summary: Summary) -> list[FileInfo]:
-    """`expand` and `inspect_all` in one."""
-    return inspect_all(expand(patterns), keys, summary)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-
-from gadcli.data.rows import RowBatch
 
 Hashes = npt.NDArray[np.uint64]
 Entries = npt.NDArray[np.void]
@@ -25,14 +22,8 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def row_hashes(batch: RowBatch) -> tuple[npt.NDArray[np.int64], Hashes, Hashes]:
-    """Good rows of a batch, the hash of each one's messages, and the hash of messages and teacher together."""
-    good = batch.good()
-    prompts, both = np.empty(len(good), np.uint64), np.empty(len(good), np.uint64)
-    for j, (messages, teacher) in enumerate(zip(batch.conversations(good), batch.teacher_texts(good), strict=True)):
-        prompt = json.dumps(messages).encode()
-        prompts[j], both[j] = content_hash(prompt), content_hash(prompt + teacher.encode())
-    return good, prompts, both
+def hashes(texts: Iterable[bytes]) -> Hashes:
+    return np.fromiter(map(content_hash, texts), np.uint64)
 
 
 class DuplicateCounter:
@@ -53,10 +44,10 @@ class DuplicateCounter:
                  ) -> None:  # fmt: skip
         self._file.close()
 
-    def add(self, hashes: Hashes, rows: npt.NDArray[np.int64]) -> None:
+    def add(self, found: Hashes, rows: npt.NDArray[np.int64]) -> None:
         """Hashes and ids of some rows; ids come in rising order."""
-        entries = np.empty(len(hashes), ENTRY)
-        entries["hash"], entries["row"] = hashes, rows
+        entries = np.empty(len(found), ENTRY)
+        entries["hash"], entries["row"] = found, rows
         self.rows += len(entries)
         try:
             self._file.write(entries.tobytes())

@@ -1,27 +1,27 @@
-"""Which files are meant, and whether each is readable and holds the two columns (torch-free)."""
+"""Which files are meant, and whether each is readable and holds rows of a known format (torch-free)."""
 
 from __future__ import annotations
 
 import difflib
 import glob
-import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gadcli.data.findings import Finding, printable
+from gadcli.data.formats import Fault, Format, choose_format
+from gadcli.data.records import UNREADABLE, arrow_batches, kind_of, read_records
 from gadcli.errors import DataError, ResourceError
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-MAX_LINE_BYTES = 16 << 20  # parsed, 3 bytes of `[],` are 64 in memory
-PROBE_LINES = 64
+PROBE_ROWS = 64
 # A file that unfolds to over a thousand times its size, and to more than this, is a bomb and no corpus:
 # dictionary encoding already removes repeats, and the best compressors reach 20x on prose.
 BOMB_RATIO, BOMB_BYTES = 1000, 64 << 20
@@ -29,14 +29,18 @@ BOMB_RATIO, BOMB_BYTES = 1000, 64 << 20
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A readable file. `rows` is None for jsonl (not counted yet); `types` name how the columns are stored."""
+    """A readable file: its kind (see `records.KINDS`), and how its rows are laid out.
+
+    `rows` is None where they are not counted yet; `schema` is that of parquet and Arrow files.
+    """
 
     path: str
-    kind: str  # parquet | jsonl
+    kind: str
     rows: int | None
     size: int
     columns: tuple[str, ...]
-    types: tuple[str, str]
+    format: Format
+    schema: pa.Schema | None = None
 
 
 def expand(patterns: list[str] | tuple[str, ...]) -> list[str]:
@@ -76,7 +80,7 @@ def _is_data(path: Path) -> bool:
 
 
 def inspect(path: str, prompt_key: str, response_key: str | None) -> FileInfo | list[Finding]:
-    """The file's kind, rows and columns, or what makes it unusable. Reads the footer or the first lines only.
+    """The file's kind, columns and format, or what makes it unusable. Reads the footer or the first rows only.
     Without a `response_key`, only prompts are looked for.
 
     Raises ResourceError for a file that would unfold out of all proportion.
@@ -90,65 +94,100 @@ def inspect(path: str, prompt_key: str, response_key: str | None) -> FileInfo | 
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe that no one writes to would wait for ever
             return [Finding("file_unreadable", path, "is a pipe or device: files are read more than once")]
-        size = status.st_size
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        return [Finding("file_unreadable", path, f"cannot be opened: {error.strerror}")]
-    if size == 0:
-        return [Finding("file_unreadable", path, "is 0 bytes long")]
-    if magic == b"PAR1" or path.endswith(PARQUET_SUFFIXES):
-        return _inspect_parquet(path, size, prompt_key, response_key)
-    return _inspect_jsonl(path, size, prompt_key, response_key)
+        if status.st_size == 0:
+            return [Finding("file_unreadable", path, "is 0 bytes long")]
+        kind = kind_of(path)
+        look = {"parquet": _look_at_parquet, "arrow": _look_at_arrow}.get(kind, _look_at_records)
+        found = look(path, kind, status.st_size)
+    except UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        return [Finding("file_unreadable", path, f"cannot be read: {reason}")]
+    if isinstance(found, Finding):
+        return [found]
+    rows, columns, schema = found
+    form = choose_format(columns, prompt_key, response_key)
+    if form is None:
+        keys = ((prompt_key, "data.prompt_key"), (response_key, "data.response_key"))
+        return [missing_column(path, key, name, columns) for key, name in keys if key and key not in columns]
+    findings = [f for f in (_column_fault(path, schema, form.prompt, True),
+                            _column_fault(path, schema, form.answer, False)) if f]  # fmt: skip
+    return findings or FileInfo(path, kind, rows, status.st_size, tuple(columns), form, schema)
 
 
-def missing_column(path: str, key: str, setting: str, columns: list[str]) -> Finding:
-    """The finding for an absent column: the columns there are, and the nearest name."""
-    names = printable(", ".join(columns[:12])) + (", …" if len(columns) > 12 else "")
-    near = difflib.get_close_matches(key, columns, n=1, cutoff=0.5)
-    advice = f"; did you mean {setting}={printable(near[0])}?" if near else ""
-    return Finding("column_missing", path, f"has no column {key!r}; columns: {names or 'none'}{advice}", field=key)
+Look = tuple[int | None, list[str], pa.Schema | None]  # rows, columns, schema
 
 
-def _inspect_parquet(path: str, size: int, prompt_key: str, response_key: str | None) -> FileInfo | list[Finding]:
-    try:
-        with pq.ParquetFile(path) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-            unfolded = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
-            rows = metadata.num_rows
-            counted = sum(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0][:120]
-        return [Finding("file_unreadable", path, f"is not a readable parquet file: {reason}")]
+def _look_at_parquet(path: str, kind: str, size: int) -> Look | Finding:
+    with pq.ParquetFile(path) as file:
+        metadata, schema = file.metadata, file.schema_arrow
+        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+        unfolded, counted = sum(g.total_byte_size for g in groups), sum(g.num_rows for g in groups)
+        rows = metadata.num_rows
     if unfolded > BOMB_BYTES and unfolded > BOMB_RATIO * size:
         raise ResourceError(
             f"{path}: {size:,} bytes declare {unfolded:,} bytes of data: a decompression bomb",
             "check where the file comes from; write it again from the source if it is meant to be so",
         )
     if rows < 0 or rows != counted:
-        return [Finding("file_unreadable", path, f"footer says {rows} rows, its row groups {counted}")]
-    if rows == 0:
-        return [Finding("file_empty", path, "has 0 rows")]
-    findings = []
-    types = []
-    for key, setting, allowed in (
-        (prompt_key, "data.prompt_key", _holds_messages),
-        (response_key, "data.response_key", _holds_text),
-    ):
-        if key is None:
-            continue
-        if key not in schema.names:
-            findings.append(missing_column(path, key, setting, schema.names))
-        elif schema.names.count(key) > 1:
-            findings.append(Finding("column_type", path, f"has the column {key!r} more than once", field=key))
-        elif not allowed(schema.field(key).type):
-            kind = str(schema.field(key).type)[:60]
-            findings.append(Finding("column_type", path, f"column {key!r} is {kind}, which holds no text", field=key))
-        else:
-            types.append(str(schema.field(key).type))
-    if findings:
-        return findings
-    return FileInfo(path, "parquet", rows, size, tuple(schema.names), (types[0], types[-1]))
+        return Finding("file_unreadable", path, f"footer says {rows} rows, its row groups {counted}")
+    return (rows, schema.names, schema) if rows else Finding("file_empty", path, "has 0 rows")
+
+
+def _look_at_arrow(path: str, kind: str, size: int) -> Look | Finding:
+    rows, schema = 0, None
+    for batch in arrow_batches(path):
+        rows, schema = rows + batch.num_rows, batch.schema
+    return (rows, schema.names, schema) if schema and rows else Finding("file_empty", path, "has 0 rows")
+
+
+def _look_at_records(path: str, kind: str, size: int) -> Look | Finding:
+    """Looks at the first rows: if none of them is an object, this is no data."""
+    columns: dict[str, None] = {}
+    seen = objects = 0
+    for record, _ in islice(read_records(path, kind), PROBE_ROWS):
+        seen += 1
+        if not isinstance(record, Fault):
+            objects += 1
+            columns.update(dict.fromkeys(record))
+    if seen == 0:
+        return Finding("file_empty", path, "has 0 rows")
+    if objects == 0:
+        return Finding(
+            "file_unreadable", path, f"holds no rows: neither parquet, Arrow, CSV nor JSON{_looks_like(path)}"
+        )
+    return None, list(columns), None
+
+
+def _looks_like(path: str) -> str:
+    """What a file that is no data seems to be, where the fix is known."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"PK"):
+        return "; it is a zip archive: unpack it first"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return "; it seems to be JSON over several lines: `jq -c . FILE > FILE.jsonl` writes one object per line"
+    return ""
+
+
+def missing_column(path: str, key: str, setting: str, columns: Collection[str]) -> Finding:
+    """The finding for an absent column: the columns there are, and the nearest name."""
+    shown = list(islice(columns, 12))
+    names = printable(", ".join(shown)) + (", …" if len(columns) > 12 else "")
+    near = difflib.get_close_matches(key, columns, n=1, cutoff=0.5)
+    advice = f"; did you mean {setting}={printable(near[0])}?" if near else ""
+    return Finding("column_missing", path, f"has no column {key!r}; columns: {names or 'none'}{advice}", field=key)
+
+
+def _column_fault(path: str, schema: pa.Schema | None, key: str, messages: bool) -> Finding | None:
+    """What is wrong with a column's type, if anything."""
+    if schema is None or key not in schema.names:
+        return None
+    if schema.names.count(key) > 1:
+        return Finding("column_type", path, f"has the column {key!r} more than once", field=key)
+    kind = schema.field(key).type
+    if _holds_text(kind) or _is_list(kind) or (pa.types.is_struct(kind) and not messages):
+        return None
+    return Finding("column_type", path, f"column {key!r} is {str(kind)[:60]}, which holds no text", field=key)
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -156,98 +195,15 @@ def _holds_text(kind: pa.DataType) -> bool:
         kind = kind.value_type
     if isinstance(kind, pa.JsonType):  # DuckDB's JSON columns
         kind = kind.storage_type
-    return is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)
+    t = pa.types
+    text = t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind) or t.is_null(kind)
+    return text or t.is_binary(kind) or t.is_large_binary(kind) or t.is_binary_view(kind) or (
+        t.is_fixed_size_binary(kind)
+    )  # fmt: skip
 
 
-def _holds_messages(kind: pa.DataType) -> bool:
-    return _holds_text(kind) or (is_list(kind) and (pa.types.is_struct(kind.value_type)))
-
-
-def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def is_bytes(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
-
-
-def is_list(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
-
-
-def _inspect_jsonl(path: str, size: int, prompt_key: str, response_key: str | None) -> FileInfo | list[Finding]:
-    """Looks at the first lines: if none of them is an object, the file is no jsonl."""
-    columns: dict[str, None] = {}
-    objects = lines = 0
-    for line in json_lines(path):
-        value = parse_line(line)
-        if isinstance(value, dict):
-            objects += 1
-            columns.update(dict.fromkeys(str(k) for k in value))
-        lines += 1
-        if lines >= PROBE_LINES:
-            break
-    if lines == 0:
-        return [Finding("file_empty", path, "has 0 rows")]
-    if objects == 0:
-        return [Finding("file_unreadable", path, f"is neither parquet nor lines of JSON objects{_looks_like(path)}")]
-    missing = [
-        missing_column(path, key, setting, list(columns))
-        for key, setting in ((prompt_key, "data.prompt_key"), (response_key, "data.response_key"))
-        if key is not None and key not in columns
-    ]
-    return missing or FileInfo(path, "jsonl", None, size, tuple(columns), ("json", "json"))
-
-
-def _looks_like(path: str) -> str:
-    """What a file that is no data seems to be, where the cure is known."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if start.startswith((b"\x1f\x8b", b"(\xb5/\xfd", b"BZh", b"PK")):
-        return "; it is compressed: unpack it first"
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return "; it is one JSON list: write one object a line"
-    return ""
-
-
-def json_lines(path: str) -> Iterator[bytes | None]:
-    """Lines that are not blank, as bytes; None in place of a line over MAX_LINE_BYTES."""
-    with open(path, "rb") as file:
-        while line := file.readline(MAX_LINE_BYTES):
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                    pass
-                yield None
-            elif not line.isspace():
-                yield line
-
-
-def parse_line(line: bytes | None) -> object:
-    """The JSON value of a line; ValueError's message (a str subclass would hide it) is returned as JsonFault."""
-    if line is None:
-        return JsonFault(f"a line of over {MAX_LINE_BYTES >> 20} MB")
-    try:
-        return json.loads(line)
-    except UnicodeDecodeError:
-        return JsonFault("not valid UTF-8", utf8=True)
-    except (ValueError, RecursionError) as error:
-        return JsonFault(f"not valid JSON ({str(error)[:60]})")
-
-
-@dataclass(frozen=True)
-class JsonFault:
-    """Why a piece of JSON could not be read."""
-
-    message: str
-    utf8: bool = False
+def _is_list(kind: pa.DataType) -> bool:
+    """Of structs or texts: numbers hold neither messages nor answers."""
+    if not hasattr(kind, "value_type") or pa.types.is_dictionary(kind):
+        return False
+    return pa.types.is_struct(kind.value_type) or _holds_text(kind.value_type)

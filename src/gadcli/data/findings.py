@@ -28,6 +28,7 @@ REASONS: dict[str, Reason] = {
         "error", "a needed column is missing", "set data.prompt_key / data.response_key to the column's name"
     ),
     "column_type": Reason("error", "a column has a type that holds no text", "store messages or text in it"),
+    "read_as": Reason("note", "columns or kind of file were guessed", "set data.prompt_key / data.response_key"),
     "schema_differs": Reason("warn", "files store the same column in different types", "write all files alike"),
     "page_corrupt": Reason("error", "a part of the file cannot be decoded", "write or copy the file again"),
     "teacher_null": Reason("error", "the teacher's answer is null", "drop the row or collect the answer again"),
@@ -51,6 +52,10 @@ REASONS: dict[str, Reason] = {
     "prompt_too_long": Reason("error", "the prompt is over data.max_prompt_length", "raise it, or set data.truncation"),
     "row_too_long": Reason(
         "error", "prompt and answer are over rollout.max_model_len", "raise it, or lower the two limits"
+    ),
+    "tools_json": Reason("error", "the tools are not a list of JSON objects", "store JSON schemas in the column tools"),
+    "reasoning_unused": Reason(
+        "note", "the teacher's reasoning is not trained on", "put it into the answer to train on it"
     ),
     "special_text": Reason("warn", "a message contains the text of a special token", "remove or escape it"),
     "duplicate": Reason("warn", "the same messages and answer occur before", "keep one of them"),

@@ -127,9 +127,9 @@ def analyse(
     special = SpecialText(tokenizer.special_texts)
     fields = {name: Lengths() for name in FIELDS}
     files: dict[str, dict[str, Any]] = {}
-    for batch in scan_rows(infos, keys, summary, progress, most_rows=TOKENISED_ROWS):
-        special.check(batch, keys)
-        tokens = tokenise(tokenizer, batch, keys)
+    for batch in scan_rows(infos, summary, progress, most_rows=TOKENISED_ROWS):
+        special.check(batch)
+        tokens = tokenise(tokenizer, batch)
         account(batch, summary)
         fields["prompt"].add(tokens.prompt_lengths)
         fields["teacher"].add(tokens.answer_lengths)
@@ -137,7 +137,7 @@ def analyse(
         file = files.setdefault(batch.file, {"rows": 0, "dropped": 0, "prompt_tokens": 0, "teacher_tokens": 0,
                                              "longest_prompt": 0, "longest_teacher": 0})  # fmt: skip
         file["rows"] += len(batch)
-        file["dropped"] += int(batch.bad.sum())
+        file["dropped"] += batch.bad
         file["prompt_tokens"] += int(tokens.prompt_lengths.sum())
         file["teacher_tokens"] += int(tokens.answer_lengths.sum())
         if len(tokens.rows):

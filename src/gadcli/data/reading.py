@@ -15,10 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gadcli.data.arrays import whole_numbers
-from gadcli.data.files import FileInfo, JsonFault, json_lines, parse_line
+from gadcli.data.files import FileInfo
 from gadcli.data.findings import Finding
-from gadcli.data.rows import RawChunk
+from gadcli.data.formats import Fault, Record
+from gadcli.data.records import UNREADABLE, arrow_batches, read_records
+from gadcli.data.rows import Chunk
 from gadcli.errors import ResourceError
 
 CHUNK_ROWS = 8192
@@ -27,45 +28,112 @@ DECODE_ALLOWANCE = 192 << 20  # memory that decoding a chunk may take before it 
 LAST_ALLOWANCE = 768 << 20  # and for one row: DuckDB writes pages of up to 100 MB, everyone else of about 1 MB
 
 
-def read_chunks(
-    info: FileInfo, columns: tuple[str, str], with_extras: bool = False, most_rows: int = CHUNK_ROWS
-) -> Iterator[RawChunk | Finding]:
-    """The file's rows in order, as chunks of at most `most_rows`; a Finding stands where a row group cannot be decoded.
+def read_chunks(info: FileInfo, with_extras: bool = False, most_rows: int = CHUNK_ROWS) -> Iterator[Chunk | Finding]:
+    """The file's rows in order, as chunks of at most `most_rows`; a Finding stands where a part cannot be decoded.
 
     Raises ResourceError where a row does not fit in memory.
     """
-    if info.kind == "jsonl":
-        yield from _read_jsonl(info, columns, most_rows, with_extras)
-        return
+    read = {"parquet": _read_parquet, "arrow": _read_arrow}.get(info.kind, _read_records)
     try:
-        # Pre-buffering would hold a row group's columns whole.
-        with pq.ParquetFile(info.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
-            first_row = 0
-            for group in range(file.metadata.num_row_groups):
-                yield from _read_group(file, info, columns, group, first_row, with_extras, most_rows)
-                first_row += file.metadata.row_group(group).num_rows
-    except (pa.ArrowException, OSError) as error:
+        yield from read(info, with_extras, most_rows)
+    except UNREADABLE as error:
         yield Finding("file_unreadable", info.path, f"cannot be read: {_short(error)}")
 
 
-def _read_group(
-    file: pq.ParquetFile, info: FileInfo, columns: tuple[str, str], group: int, first_row: int, with_extras: bool,
-    most_rows: int,
-) -> Iterator[RawChunk | Finding]:  # fmt: skip
-    row, rows = first_row, file.metadata.row_group(group).num_rows
+def _read_parquet(info: FileInfo, with_extras: bool, most_rows: int) -> Iterator[Chunk | Finding]:
+    wanted = None if with_extras else [c for c in info.format.columns if c in info.columns]
+    # Pre-buffering would hold a row group's columns whole.
+    with pq.ParquetFile(info.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
+        first_row = 0
+        for group in range(file.metadata.num_row_groups):
+            row, rows = first_row, file.metadata.row_group(group).num_rows
+            try:
+                for batch in _batches(file, info.path, group, wanted, most_rows):
+                    for chunk in _chunks(info, batch, group, row, with_extras, most_rows):
+                        yield chunk
+                        row += len(chunk.records)
+                if row - first_row != rows:
+                    raise ValueError(f"{rows - row + first_row} of {rows} declared rows are missing")
+            except (pa.ArrowException, OSError, ValueError) as error:
+                yield Finding("page_corrupt", info.path, f"row group {group} cannot be decoded: {_short(error)}", group)
+            first_row += rows
+
+
+def _read_arrow(info: FileInfo, with_extras: bool, most_rows: int) -> Iterator[Chunk]:
+    row = 0
+    for batch in arrow_batches(info.path):
+        batch.validate(full=True)  # offsets are as the file has them
+        yield from _chunks(info, without_dictionaries(batch), None, row, with_extras, most_rows)
+        row += batch.num_rows
+
+
+def _read_records(info: FileInfo, with_extras: bool, most_rows: int) -> Iterator[Chunk]:
+    held: list[Record | Fault] = []
+    row = size = 0
+    for record, length in read_records(info.path, info.kind):
+        held.append(record)
+        size += length
+        if len(held) >= most_rows or size >= CHUNK_BYTES:
+            yield Chunk(info.path, None, row, held)
+            row, held, size = row + len(held), [], 0
+    if held:
+        yield Chunk(info.path, None, row, held)
+
+
+def _chunks(
+    info: FileInfo, batch: pa.RecordBatch, group: int | None, row: int, with_extras: bool, most_rows: int
+) -> Iterator[Chunk]:
+    """A record batch in parts of about CHUNK_BYTES, as Python values of the columns that the format reads."""
+    step = min(most_rows, max(1, CHUNK_BYTES * batch.num_rows // max(batch.nbytes, 1)))
+    names = [name for name in info.format.columns if name in batch.schema.names]
+    for start in range(0, batch.num_rows, step):
+        part = batch.slice(start, step)
+        columns = [_values(part.column(name)) for name in names]
+        records: list[Record | Fault] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        yield Chunk(info.path, group, row + start, records, part if with_extras else None)
+
+
+def _values(array: pa.Array) -> list[Any]:
+    """Python values; a Fault in place of those that hold text which is not UTF-8 (parquet readers do not check)."""
     try:
-        for batch in _batches(file, info.path, group, None if with_extras else list(columns), most_rows):
-            for start, length in _slices(batch):
-                part = batch.slice(start, length)
-                content, teacher = (part.column(part.schema.get_field_index(c)) for c in columns)
-                yield RawChunk(info.path, group, row, content, teacher, part if with_extras else None)
-                row += length
-    except (pa.ArrowException, OSError, ValueError) as error:
-        yield Finding("page_corrupt", info.path, f"row group {group} cannot be decoded: {_short(error)}", group)
-        return
-    if row - first_row != rows:
-        message = f"row group {group} declares {rows - row + first_row} more rows than it holds"
-        yield Finding("page_corrupt", info.path, message, group)
+        return list(array.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in array]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return Fault("content_utf8", "a message is not valid UTF-8")
+
+
+def without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Without dictionaries, whose repeats would be counted once and unfold later.
+
+    Raises ArrowInvalid where a value points outside its dictionary: Arrow reads damaged indexes as they are.
+    """
+    fields = [field.with_type(_plain_type(field.type)) for field in batch.schema]
+    if all(old.type == new.type for old, new in zip(batch.schema, fields, strict=True)):
+        return batch
+    batch.validate(full=True)
+    return batch.cast(pa.schema(fields))
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
+    return kind
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def _batches(
@@ -87,8 +155,7 @@ def _batches(
                     batch = next(batches, None)
                     if batch is None:
                         return
-                    for column in batch.columns:
-                        check_dictionaries(column)
+                    batch = without_dictionaries(batch)
                 seen += batch.num_rows
                 if seen > done:
                     yield batch.slice(batch.num_rows - (seen - done))
@@ -98,29 +165,6 @@ def _batches(
                 message = f"{path}, row group {group}: decoding row {done} of it takes over {LAST_ALLOWANCE >> 20} MB"
                 raise ResourceError(f"{message}: a decompression bomb", "check where the file comes from") from None
             size = max(1, size // 16)
-
-
-def _slices(batch: pa.RecordBatch) -> Iterator[tuple[int, int]]:
-    """Starts and lengths of parts that hold about CHUNK_BYTES each."""
-    step = max(1, CHUNK_BYTES * batch.num_rows // max(batch.nbytes, 1))
-    return ((start, min(step, batch.num_rows - start)) for start in range(0, batch.num_rows, step))
-
-
-def check_dictionaries(array: pa.Array) -> None:
-    """Raises ArrowInvalid where a value points outside its dictionary: Arrow reads damaged indexes as they are."""
-    if pa.types.is_dictionary(array.type):
-        at = whole_numbers(array.indices.cast(pa.int64()), null=0)
-        if len(at) > array.null_count and not (at.min() >= 0 and at.max() < len(array.dictionary)):
-            raise pa.ArrowInvalid("a value points outside its dictionary")
-    elif pa.types.is_struct(array.type):
-        for i in range(array.type.num_fields):
-            check_dictionaries(array.field(i))
-    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        check_dictionaries(array.values)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
 
 
 @contextmanager
@@ -144,28 +188,3 @@ def bounded_memory(allowance: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _read_jsonl(info: FileInfo, columns: tuple[str, str], most_rows: int, with_records: bool) -> Iterator[RawChunk]:
-    content: list[Any] = []
-    teacher: list[Any] = []
-    records: list[Any] = []
-    first_row, held = 0, 0
-    for line in json_lines(info.path):
-        value = parse_line(line)
-        if isinstance(value, dict):
-            content.append(value.get(columns[0]))
-            teacher.append(value.get(columns[1]))
-        else:
-            fault = value if isinstance(value, JsonFault) else JsonFault(f"a {type(value).__name__}, not an object")
-            content.append(fault)
-            teacher.append(fault)
-        if with_records:
-            records.append(value if isinstance(value, dict) else (line or b"").decode("utf-8", "backslashreplace"))
-        held += len(line or b"")
-        if len(content) >= most_rows or held >= CHUNK_BYTES:
-            yield RawChunk(info.path, None, first_row, content, teacher, None, records or None)
-            first_row += len(content)
-            content, teacher, records, held = [], [], [], 0
-    if content:
-        yield RawChunk(info.path, None, first_row, content, teacher, None, records or None)

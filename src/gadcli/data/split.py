@@ -6,22 +6,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from gadcli.data.check import Progress, account, failure, open_files, scan_rows
-from gadcli.data.duplicates import content_hash
+from gadcli.data.duplicates import hashes
 from gadcli.data.findings import Summary
-from gadcli.data.rows import RowBatch
 from gadcli.data.writing import RowWriter
 from gadcli.errors import DataError
-
-
-def prompt_hashes(batch: RowBatch, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """A hash of each row's messages: the same on every machine, whatever the file's encoding."""
-    texts = (
-        "\x1e".join([f"{m['role']}\x1f{m['content']}" for m in messages]) for messages in batch.conversations(rows)
-    )
-    return np.fromiter((content_hash(t.encode("utf-8")) for t in texts), np.uint64, len(rows))
 
 
 def split(
@@ -40,12 +30,13 @@ def split(
     names = [*shares, "train"]
     with ExitStack() as stack:
         writers = {n: stack.enter_context(RowWriter(folder / f"{n}.parquet", infos, keys)) for n in names}
-        for batch in scan_rows(infos, keys, summary, progress, with_extras=True):
+        for batch in scan_rows(infos, summary, progress, with_extras=True):
             account(batch, summary)
             rows = batch.good()
-            part = np.searchsorted(np.array(edges, np.uint64), prompt_hashes(batch, rows), side="right")
+            found = hashes(row.prompt_json() for row in rows)
+            parts = np.searchsorted(np.array(edges, np.uint64), found, side="right").tolist()
             for i, name in enumerate(names):
-                writers[name].add(batch, rows[part == i])
+                writers[name].add(batch, [row for row, part in zip(rows, parts, strict=True) if part == i])
         error = failure(summary, on_bad_row="error", truncation="error", strict=False)
         if error is not None:
             raise DataError(error.message, "gad data check FILES --fix drop -o FILE writes the good rows alone")
@@ -71,8 +62,8 @@ def _edges(patterns: list[str], keys: tuple[str, str], shares: dict[str, float],
     wanted = sum(counted.values())
     best = np.empty(0, np.uint64)
     aside = Summary()
-    for batch in scan_rows(open_files(patterns, keys, aside), keys, aside):
-        best = np.unique(np.concatenate([best, prompt_hashes(batch, batch.good())]))[: wanted + 1]
+    for batch in scan_rows(open_files(patterns, keys, aside), aside):
+        best = np.unique(np.concatenate([best, hashes(row.prompt_json() for row in batch.good())]))[: wanted + 1]
     if len(best) <= wanted:
         raise DataError(
             f"{len(best):,} different prompts cannot give {wanted:,} held-out ones and a rest", "ask for fewer"

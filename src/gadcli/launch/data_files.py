@@ -37,8 +37,9 @@ def look_at(data: DataConfig) -> DataLook:
 
 def count_rows(path: str, data: DataConfig) -> int:
     """Rows of one file; DataError names what makes it unusable."""
-    from gadcli.data.files import inspect, json_lines
+    from gadcli.data.files import inspect
     from gadcli.data.findings import Summary
+    from gadcli.data.records import read_records
 
     info = inspect(path, data.prompt_key, data.response_key)
     if isinstance(info, list):
@@ -48,4 +49,4 @@ def count_rows(path: str, data: DataConfig) -> int:
             "\n".join(finding.where() + " " + finding.message for finding in info[:2]),
             next(iter(summary.hints()), None),
         )
-    return info.rows if info.rows is not None else sum(1 for _ in json_lines(path))
+    return info.rows if info.rows is not None else sum(1 for _ in read_records(path, info.kind))
