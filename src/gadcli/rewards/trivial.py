@@ -47,8 +47,8 @@ def first_rows(data: DataConfig, count: int = ROWS) -> list[Example]:
     if not data.train_files:
         return []
     keys, summary = (data.prompt_key, data.response_key), Summary()
-    batches = scan_rows(open_files(data.train_files, keys, summary), keys, summary, most_rows=count)
-    found = (row for batch in batches for row in batch.rows())
+    batches = scan_rows(open_files(data.train_files, keys, summary), summary, most_rows=count)
+    found = (row for batch in batches for row in batch.good())
     return [Example(row.row_id, list(row.messages), row.teacher) for row in islice(found, count)]
 
 
