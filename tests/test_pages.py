@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from test_imports import FLOORS
+from test_imports import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "gadcli"
@@ -22,7 +22,11 @@ def test_every_file_that_a_page_names_exists(page: str) -> None:
     assert not missing
 
 
-def test_the_page_has_the_floors_that_the_import_rules_hold() -> None:
-    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", ARCHITECTURE, re.M)
-    stated = {name.removesuffix(".py"): int(floor) for floor, cell in rows for name in re.findall(r"`([\w.]+)`", cell)}
-    assert stated == {name: floor for name, floor in FLOORS.items() if name != "__main__"}
+def test_the_page_has_the_floors_and_torch_free_rooms_that_the_import_rules_hold() -> None:
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|[^|]*\| (\w+)[^|]* \|$", ARCHITECTURE, re.M)
+    stated = {
+        name.removesuffix(".py"): (int(floor), torch == "no")
+        for floor, cell, torch in rows
+        for name in re.findall(r"`([\w.]+)`", cell)
+    }
+    assert stated == {name: (room.floor, room.torch_free) for name, room in ROOMS.items() if name != "__main__"}
