@@ -9,7 +9,6 @@ import torch
 
 from algo.mutants import mutated
 from gadcli.algo import entropy, kl, mismatch, sft
-from gadcli.algo.logprobs import next_token_logp, token_logp
 from gadcli.algo.mean import Mean, add_metrics, extreme_of, mean_of
 from gadcli.config import schema
 
@@ -92,11 +91,6 @@ def test_kl_in_the_reward_takes_off_the_answers_summed_k1() -> None:
 def test_kl_in_reward_mutant_that_averages_is_caught() -> None:
     mutant = mutated("kl", "kl_coef * masked_sum(kl_BT, mask_BT)", "kl_coef * kl_BT.mean(-1)")
     assert mutant.kl_in_reward(torch.tensor([2.0, 3.0]), LOGP, REF, MASK, 0.1)[0].tolist() != pytest.approx([2.05, 3])
-
-
-def test_entropy_is_ln_v_for_a_uniform_policy_and_0_for_a_certain_one() -> None:
-    logits = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0]]])
-    assert entropy.token_entropy(logits)[0].tolist() == pytest.approx([math.log(4), 0.0], abs=1e-6)
 
 
 def test_the_entropy_bonus_is_minus_the_aggregated_entropy() -> None:
@@ -213,15 +207,3 @@ def test_an_extreme_has_count_one_and_of_nothing_count_zero() -> None:
     for op, neutral in (("max", -math.inf), ("min", math.inf)):
         nothing = extreme_of(torch.zeros(0), op)
         assert nothing.count == 0.0 and float(nothing.total) == neutral and math.isnan(nothing.value)
-
-
-def test_log_probs_are_at_temperature_one_by_default_and_in_float32() -> None:
-    # Logits 0 and ln 3: probabilities 1/4 and 3/4. In bfloat16, 8 and 8.0625 still differ, their logsumexp would not.
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0]]])
-    assert next_token_logp(logits, torch.tensor([[0, 1]])).item() == pytest.approx(math.log(0.75), rel=1e-6)
-    assert token_logp(logits, torch.tensor([[0, 1]]))[0].tolist() == pytest.approx([math.log(0.25), math.log(0.5)])
-    low = torch.tensor([[[8.0, 8.0625]]]).bfloat16()
-    expected = -math.log1p(math.exp(-0.0625))
-    assert token_logp(low, torch.tensor([[1]])).item() == pytest.approx(expected, rel=1e-5)
-    entropy_of_low = math.log1p(math.exp(-0.0625)) + 0.0625 * math.exp(-0.0625) / (1 + math.exp(-0.0625))
-    assert entropy.token_entropy(low).item() == pytest.approx(entropy_of_low, rel=1e-5)

@@ -7,7 +7,6 @@ import torch
 
 from algo.mutants import mutated
 from gadcli.algo import scores
-from gadcli.algo.masking import response_mask
 
 VALUES = torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]])
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]]).bool()
@@ -66,12 +65,12 @@ def test_equal_text_scores_equally_on_both_sides_whatever_the_padding(how: str) 
     # The same three tokens plus EOS: the teacher's side padded right to 6 with pad = EOS, the student's side padded
     # right to 5 with another id. A critic's value depends on the text read so far, so it is equal at equal tokens;
     # what it emits on padding differs and must not matter.
-    eos, text = 2, [5, 6, 7, 2]
+    text = [5, 6, 7, 2]
     value_of = torch.tensor([0.0, 0.0, 0.7, 0.0, 0.0, -1.5, 2.25, 0.125, 9.0])
     teacher, student = torch.tensor([[*text, 2, 2]]), torch.tensor([[*text, 8]])
     sides = []
     for ids in (teacher, student):
-        mask = response_mask(ids, eos)
+        mask = torch.arange(ids.shape[1])[None] < len(text)
         values = value_of[ids].masked_fill(~mask, float("nan"))
         sides.append(scores.scores(values, mask, how))
     assert torch.equal(sides[0][0], sides[1][0]) and torch.equal(sides[0][1], sides[1][1])
@@ -82,7 +81,7 @@ def test_an_eos_on_one_side_only_would_show() -> None:
     # The law above must be able to fail: without its EOS the student's last token is 7, value .125 instead of .7.
     value_of = torch.tensor([0.0, 0.0, 0.7, 0.0, 0.0, -1.5, 2.25, 0.125])
     with_eos, without = torch.tensor([[5, 6, 7, 2]]), torch.tensor([[5, 6, 7]])
-    raw = [scores.scores(value_of[ids], response_mask(ids, 2), "last")[0].item() for ids in (with_eos, without)]
+    raw = [scores.scores(value_of[ids], torch.ones_like(ids), "last")[0].item() for ids in (with_eos, without)]
     assert raw == pytest.approx([0.7, 0.125])
 
 

@@ -65,13 +65,6 @@ def test_without_shuffling_rows_come_in_file_order() -> None:
     assert [order.rows(s) for s in range(3)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
 
 
-def test_ranks_take_disjoint_parts_that_make_up_the_batch() -> None:
-    order = BatchOrder(1000, 12, seed=1, shuffle=True)
-    for world in (1, 2, 3, 5):
-        parts = [order.rank_rows(4, r, world) for r in range(world)]
-        assert [i for part in parts for i in part] == order.rows(4)
-
-
 def test_a_hundred_million_rows_cost_no_memory_and_no_time() -> None:
     start = time.process_time()
     rows = BatchOrder(100_000_000, 128, seed=1, shuffle=True).rows(700_000)

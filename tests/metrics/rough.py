@@ -211,7 +211,7 @@ def sparse(seed: int) -> Run:
 
     def draw(n: Noise, i: int) -> Metrics:
         kept = {k: v for k, v in game(n, i).items() if n.rng.random() < 0.67}
-        return kept | ({"perf/mfu": math.nan, "val/rouge_l": math.nan} if i % 7 == 0 else {})
+        return kept | ({"perf/gpu_gb": math.nan, "val/rouge_l": math.nan} if i % 7 == 0 else {})
 
     return many(200, {}, draw, seed)  # fmt: skip
 

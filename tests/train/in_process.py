@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from gadcli.config.resolve import load_resolved
+from gadcli.rollout.weight_sync import full_tensors
 from gadcli.train.build import build_run, close_run
 from gadcli.train.loop import finish
 from gadcli.train.run import Run
@@ -47,6 +49,12 @@ def to_the_end(run: Run) -> None:
     finish(run)
     run.records.end(0, "done")
     close_run(run)
+
+
+def tensors_of(run: Run) -> dict[str, Tensor]:
+    """Every model's weights by role and name, whole (collective)."""
+    roles = {"actor": run.actor.model} | ({"critic": run.critic.model} if run.maybe_critic is not None else {})
+    return {f"{role}/{name}": value for role, model in roles.items() for name, value in full_tensors(model)}
 
 
 def send_in(run: Run, phase: str, number: int, time: int = 1) -> None:

@@ -19,11 +19,11 @@ from gadcli.errors import CheckpointError
 from gadcli.model import rollout_batch
 from gadcli.model.packing import Group
 from gadcli.model.rollout_batch import Answer, Rollout
-from gadcli.train.build import close_run, tensors_of
+from gadcli.train.build import close_run
 from gadcli.train.soda import SNAPSHOT_FILE, begin_file, read_snapshot, take_snapshot
 from gadcli.train.stages import train_adversarial
 from mutants import mutated
-from train.in_process import begin
+from train.in_process import begin, tensors_of
 from train.training import manifest_hashes, prepare, records, start, steps, train
 
 SODA = ["actor.objective=soda", "actor.soda.beta=0.5", "trainer.total_steps=6", "trainer.save_freq=3",

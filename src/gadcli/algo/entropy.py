@@ -1,6 +1,6 @@
-"""Entropy of the policy at each token, and the bonus made of it.
+"""The bonus made of the policy's entropy at each token.
 
-Legend: B rows, T response tokens (padded), V vocabulary.
+Legend: B rows, T response tokens (padded).
 """
 
 from __future__ import annotations
@@ -9,12 +9,6 @@ from torch import Tensor
 
 from .aggregate import Denominators, aggregate, token_mean
 from .mean import Mean
-
-
-def token_entropy(logits_BTV: Tensor) -> Tensor:
-    """Entropy in nats [B,T], in [0, ln V], of logits already divided by the temperature."""
-    logp_BTV = logits_BTV.float().log_softmax(-1)
-    return -(logp_BTV.exp() * logp_BTV).sum(-1)
 
 
 def entropy_bonus(

@@ -56,7 +56,7 @@ def count_steps(cfg: GadConfig, rows: int) -> Steps:
     return Steps(per_epoch, total, rows - per_epoch * batch, critic_only, total - critic_only)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run will do and take. `memory` is None where a model's config.json is not on this machine."""
 
@@ -349,9 +349,21 @@ def make_plan(
         if device == "cpu" and cfg.trainer.device == "auto" and (student.causal_params >= LARGE or not here):
             elsewhere = what_gpus_hold(cfg, placement)
     return Plan(
-        cfg, rows, dropped, steps, world_size, device, engine, student, critic, memory, found, origins or {}, free,
-        elsewhere,
-    )  # fmt: skip
+        cfg=cfg,
+        rows=rows,
+        dropped=dropped,
+        steps=steps,
+        world_size=world_size,
+        device=device,
+        engine=engine,
+        student=student,
+        critic=critic,
+        memory=memory,
+        unusual=found,
+        origins=origins or {},
+        free_gb=free,
+        elsewhere=elsewhere,
+    )
 
 
 def unusual(cfg: GadConfig, steps: Steps | None) -> Iterator[str]:

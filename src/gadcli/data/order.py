@@ -77,8 +77,3 @@ class BatchOrder:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, Permutation(self.n_rows, self.seed, epoch))
         return [int(i) for i in self._epoch[1](positions)]
-
-    def rank_rows(self, step: int, rank: int, world_size: int) -> list[int]:
-        """This rank's share of `rows(step)`: consecutive, disjoint, together the whole batch."""
-        rows = self.rows(step)
-        return rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]

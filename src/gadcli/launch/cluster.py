@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gadcli.config.resolve import resolve
 from gadcli.errors import ConfigError, ExitCode, PeerError
+from gadcli.files import write_atomic
 from gadcli.launch import environment, lifetime
 from gadcli.launch import run_folder as folders
 from gadcli.launch.display import say
@@ -153,7 +154,7 @@ def become_worker(request: StageRequest, place: Place) -> int:
         show_plan(prepared, request)
         take_folder(prepared, request)
         folders.write_run_files(prepared.run_dir, prepared.resolved, prepared.plan.to_json(), prepared.lineage)
-        folders.write_text(ready, json.dumps({"launch": place.launch_id, "resume": request.resume}))
+        write_atomic(ready, json.dumps({"launch": place.launch_id, "resume": request.resume}))
         say(sys.stderr, f"gad: rank 0 of {place.world} logs to {prepared.run_dir / 'logs'}")
     else:
         _wait_for(ready, place.launch_id)

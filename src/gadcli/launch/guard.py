@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable
 
 MARK_VARIABLE = "GAD_RUN_MARK"
-GUARD_VARIABLE = "GAD_RUN_GUARD"  # the guard's own: it must not find itself
 RELEASE = b"done"  # the parent's word that nothing is left to do
 
 

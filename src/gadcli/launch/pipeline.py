@@ -20,6 +20,7 @@ from gadcli.config.reading import read_override
 from gadcli.config.resolve import resolve
 from gadcli.config.schema import STAGES
 from gadcli.errors import CheckpointError, ConfigError, ExitCode, GadError
+from gadcli.files import write_atomic
 from gadcli.launch import run_folder as folders
 from gadcli.launch.display import say
 from gadcli.launch.stage import Prepared, StageRequest, plan_report, prepare, run_stage, show_plan
@@ -54,7 +55,7 @@ class WholeRun:
 
     def save(self) -> None:
         state = {"stages": [asdict(stage) for stage in self.stages], "command": self.command}
-        folders.write_text(self.folder / STATE_FILE, json.dumps(state, indent=2) + "\n")
+        write_atomic(self.folder / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
 
 def run_stages(request: StageRequest, stages: Sequence[str] = STAGES) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gadcli.config.plan import run_name
@@ -15,6 +15,7 @@ from gadcli.config.resolve import Resolved, load_resolved
 from gadcli.config.schema import GadConfig
 from gadcli.config.tree import differences, is_neutral
 from gadcli.errors import CheckpointError, ConfigError
+from gadcli.files import locked, write_atomic
 from gadcli.metrics.runlog import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -49,30 +50,22 @@ def _has_steps(metrics: Path) -> bool:
         return False
 
 
-class FolderLock:
-    """Held while a run uses its folder: two launches must not write into one. The kernel frees it with the process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._fd = -1
-
-    def __enter__(self) -> FolderLock:
-        self._fd = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Held while a run uses its folder: two launches must not write into one. ConfigError (2) where another does."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stream = stack.enter_context(locked(folder / LOCK_FILE, wait=False))
         except BlockingIOError:
-            holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip()
-            os.close(self._fd)
+            holder = (folder / LOCK_FILE).read_text(errors="replace").strip()
             raise ConfigError(
-                f"{self._folder}: a run is using this folder now ({holder})",
-                f"gad monitor {self._folder} shows it; another --exp-name starts a second run",
+                f"{folder}: a run is using this folder now ({holder})",
+                f"gad monitor {folder} shows it; another --exp-name starts a second run",
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"pid {os.getpid()} on {os.uname().nodename}".encode(), 0)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        os.close(self._fd)
+        stream.truncate(0)
+        stream.write(f"pid {os.getpid()} on {os.uname().nodename}".encode())
+        stream.flush()
+        yield
 
 
 def check_free(folder: Path, resolved: Resolved, lineage: dict[str, Any], *, resume: bool, force: bool) -> list[str]:
@@ -155,13 +148,6 @@ def write_run_files(folder: Path, resolved: Resolved, plan: dict[str, Any], line
     """config.yaml, plan.json and lineage.json; on resume the lineage keeps what it knew and notes this start."""
     before = read_lineage(folder)
     starts = [*before.get("starts", []), {"time": time.time()}]
-    write_text(folder / CONFIG_FILE, resolved.to_yaml(with_origins=True))
-    write_text(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
-    write_text(folder / LINEAGE_FILE, json.dumps({**before, **lineage, "starts": starts}, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one move, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_atomic(folder / CONFIG_FILE, resolved.to_yaml(with_origins=True))
+    write_atomic(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+    write_atomic(folder / LINEAGE_FILE, json.dumps({**before, **lineage, "starts": starts}, indent=2) + "\n")

@@ -181,7 +181,7 @@ def launch(prepared: Prepared, request: StageRequest) -> int:
         folders.open_folder(run_dir)
         return tell(attempts(prepared, request), request, run_dir)
     take_folder(prepared, request)
-    with folders.FolderLock(run_dir):
+    with folders.folder_lock(run_dir):
         folders.write_run_files(run_dir, prepared.resolved, prepared.plan.to_json(), prepared.lineage)
         outcome = attempts(prepared, request)
     return tell(outcome, request, run_dir)
@@ -191,7 +191,7 @@ def take_folder(prepared: Prepared, request: StageRequest) -> None:
     """Make the folder ours: what --force displaces is moved aside, what --resume goes on with stays."""
     run_dir = prepared.run_dir
     if folders.holds_run(run_dir) and not request.resume:
-        with folders.FolderLock(run_dir):  # not under a living run
+        with folders.folder_lock(run_dir):  # not under a living run
             aside = folders.move_aside(run_dir)
         say(sys.stderr, f"gad: moved the run that was there to {aside}")
     folders.open_folder(run_dir)

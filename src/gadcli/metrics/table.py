@@ -268,7 +268,6 @@ _ROWS: tuple[Metric, ...] = (
     Metric("rollout/sync_probe", "nats", "engine", "probe difference after the weight sync", "max"),
     Metric("timing_s/step", "s", "engine", "wall time of a step", "max", headline=True),
     Metric("perf/tokens_per_s", "tokens/s", "engine", "trained and sampled tokens a second", "last", headline=True),
-    Metric("perf/mfu", "share", "engine", "model FLOPs utilisation", "last"),
     Metric("perf/rss_gb", "GiB", "engine", "resident host memory", "max"),
     Metric("perf/gpu_gb", "GiB", "engine", "peak device memory", "max"),
 )

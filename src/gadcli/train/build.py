@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from gadcli.checkpoint.hub_files import trained_files
 from gadcli.checkpoint.resolve_model import resolve_model
@@ -95,22 +94,22 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         row.prompt_ids + row.teacher_ids, cfg.rollout.sync_tolerance, resolve_dtype(cfg.actor.model.dtype, world.device)
     )
     run = Run(
-        cfg,
-        run_dir,
-        world,
-        tokenizer,
-        eos_ids,
-        train_data,
-        val_data,
-        order,
-        actor,
-        sampler,
-        probe,
-        records,
-        stop,
-        progress,
-        reference,
-        critic,
+        cfg=cfg,
+        run_dir=run_dir,
+        world=world,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        train_data=train_data,
+        val_data=val_data,
+        order=order,
+        actor=actor,
+        sampler=sampler,
+        probe=probe,
+        records=records,
+        stop=stop,
+        progress=progress,
+        reference=reference,
+        maybe_critic=critic,
     )
     run.model_files = model_files
     run.saver.timeout_s = cfg.fsdp.timeout_s
@@ -249,11 +248,3 @@ def close_run(run: Run) -> None:
         run.sampler.close()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def tensors_of(run: Run) -> dict[str, Tensor]:
-    """Every model's weights by role and name, whole (collective): for tests and comparisons."""
-    from gadcli.rollout.weight_sync import full_tensors
-
-    roles = {"actor": run.actor.model} | ({"critic": run.critic.model} if run.maybe_critic is not None else {})
-    return {f"{role}/{name}": value for role, model in roles.items() for name, value in full_tensors(model)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,6 @@ class Records:
         self.sinks: list[TensorBoardSink | WandbSink] = []
         self.watch = Watch(RunFacts.of({}, dataclasses.asdict(cfg)))
         self.alarm: Alarm | None = None  # the first that health.on_bad=stop must act on
-        text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
-        self.config_hash = hashlib.sha256(text.encode()).hexdigest()
         if not world.is_main:
             return
         told = drop_after(run_dir, start_step)

@@ -40,7 +40,7 @@ class Progress:
     last_saved_step: int = -1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """One stage in training. `critic`, `reference` and `sampler` exist where the stage needs them."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from gadcli.checkpoint.manifest import read_trainer
+from gadcli.config.tree import config_hash
 from gadcli.distributed.world import World
 from gadcli.train.async_save import host_copy
 from gadcli.train.checkpoint import load_checkpoint, load_rng, save_checkpoint
@@ -59,7 +60,7 @@ def _state_of(run: Run) -> dict[str, Any]:
     roles = _roles(run)
     return {
         "stage": run.cfg.stage,
-        "config_hash": run.records.config_hash,
+        "config_hash": config_hash(run.cfg),
         "models": {name: model_state(role.model) for name, role in roles.items()},
         # An optimiser that has not stepped has no moments to keep (a gigabyte of zeros for 135M parameters).
         "optims": {n: optimizer_state(r.model, r.optimizer) for n, r in roles.items() if r.optimizer.updates},
