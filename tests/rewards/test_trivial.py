@@ -21,9 +21,9 @@ ROWS = [
 ]
 
 
-def test_each_kind_of_answer_is_scored() -> None:
+def test_each_kind_of_answer_is_scored(tmp_path: Path) -> None:
     """The second prompt is valid JSON itself; an endless answer is several values, so it is not."""
-    means = trivial_scores(RewardSet(reward_specs([{"kind": "parses", "language": "json"}])), ROWS)
+    means = trivial_scores(RewardSet(reward_specs([{"kind": "parses", "language": "json"}]), tmp_path), ROWS)
     expected = {"teacher": 1.0, "empty": 0.0, "prompt repeated": 0.5, "another row's answer": 1.0, "endless": 0.0}
     assert means == {"parses": expected}
 

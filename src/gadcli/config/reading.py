@@ -301,13 +301,21 @@ def read_override(word: str) -> Setting:
         raise ConfigError(
             f"{COMMAND_LINE}: {word!r} is not KEY=VALUE", "overrides look like actor.optim.lr=3e-6; flags start with --"
         )
+    if key.startswith("rewards.") and key.count(".") == 2:  # rewards.NAME.KEY, applied to the list once it is known
+        return Setting(key, _unquote(text)[0], COMMAND_LINE)
     leaf = leaf_for(key.strip(), f"{COMMAND_LINE}: {word}")
     return Setting(leaf.key, convert_word(leaf, text), COMMAND_LINE)
 
 
 def convert_word(leaf: Leaf, text: str) -> Any:
-    """The VALUE of a word: a list as `[a, 'b,c']` or one text, which may stand in quotes to be taken as it is."""
+    """The VALUE of a word: a list as `[a, 'b,c']` or one text, in quotes to be taken as it is; `rewards` as YAML."""
     value: Any
+    if leaf.kind == list[Any]:
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            raise _mistyped(leaf, text, COMMAND_LINE) from error
+        return _entries(leaf, node, COMMAND_LINE)
     if leaf.kind == list[str]:
         value = _list_of(leaf, text.strip())
     else:

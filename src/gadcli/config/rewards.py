@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, bool]] = {
     "json_schema": {"schema": True, "extract": False},
     "parses": {"language": True, "extract": False},
     "length": {"low": False, "high": False},
+    "judge": {"endpoint": True, "model": True, "timeout_s": False},
 }
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
 
@@ -35,10 +36,12 @@ class RewardConfig:
     scale: str = opt("none", "divide by the spread within a prompt's group (group), or not", choices=("none", "group"))
     function: str = opt("", "python: module:function or file.py:function, called with (prompts, answers, rows)")
     command: str = opt("", "command: shell command; one JSON row per line in, one number per line out")
-    timeout_s: float = opt(60.0, "python, command: seconds per batch", min=0.1)
+    timeout_s: float = opt(60.0, "python, command: seconds per batch; judge: per request", min=0.1)
     pattern: str = opt("", "regex: 1 where the answer matches somewhere, else 0")
     schema: str = opt("", "json_schema: file that holds the JSON schema")
     language: str = opt("", "parses: 1 where the answer is valid", choices=("", "json", "python"))
+    endpoint: str = opt("", "judge: address of an OpenAI-compatible API, such as https://host/v1")
+    model: str = opt("", "judge: model that grades; its key is read from GAD_JUDGE_API_KEY")
     extract: str = opt("", "regex whose first group (or whole match) is read instead of the answer; no match scores 0")
     low: float = opt(0.5, "length: shortest full score, as a multiple of the teacher's tokens", min=0)
     high: float = opt(1.5, "length: longest full score, likewise", min=0)

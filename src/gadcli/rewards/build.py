@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from gadcli.config.rewards import RewardConfig
 from gadcli.rewards.answer import AnswerText, Score
+from gadcli.rewards.judge import Judge
 from gadcli.rewards.process import External
 from gadcli.rewards.rules import rule
 
@@ -13,10 +15,11 @@ from gadcli.rewards.rules import rule
 class RewardSet:
     """The configured rewards beside the discriminator, by name. One of weight 0 is computed and logged all the same."""
 
-    def __init__(self, specs: Sequence[RewardConfig]) -> None:
+    def __init__(self, specs: Sequence[RewardConfig], folder: Path, rank: int = 0) -> None:
+        """`folder` keeps what judges said, in a journal per reward and rank (two processes cannot share one)."""
         self.specs = list(specs)
         self._score: dict[str, Score] = {
-            spec.name: External(spec) if spec.kind in ("python", "command") else rule(spec)
+            spec.name: _scorer(spec, folder / f"{spec.name}.rank_{rank}.jsonl")
             for spec in specs
             if spec.kind != "discriminator"
         }
@@ -29,3 +32,9 @@ class RewardSet:
         for score in self._score.values():
             if isinstance(score, External):
                 score.close()
+
+
+def _scorer(spec: RewardConfig, journal: Path) -> Score:
+    if spec.kind in ("python", "command"):
+        return External(spec)
+    return Judge(spec, journal) if spec.kind == "judge" else rule(spec)

@@ -6,9 +6,11 @@ tokenizer is loaded yet.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -70,12 +72,14 @@ def _item(row: Example, answer: str, finished: bool) -> AnswerText:
 def reward_notes(entries: Sequence[RewardConfig], data: DataConfig) -> list[str]:
     """Lines for the plan: the scores of trivial answers, and a warning where one beats the teacher's own.
 
-    Runs the user's functions and commands, so their errors are raised here, before any model is loaded.
+    A judge is not asked, since its answers cost money. The user's functions and commands run here, so their errors are
+    raised before any model is loaded.
     """
     rows = first_rows(data)
-    if not rows or not entries:
+    asked = [entry for entry in entries if entry.kind != "judge"]  # whose answers cost money
+    if not rows or not asked:
         return []
-    rewards = RewardSet(entries)
+    rewards = RewardSet(asked, Path(os.devnull))  # none of these keeps a journal
     try:
         means = trivial_scores(rewards, rows)
     finally:

@@ -114,7 +114,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     run.model_files = model_files
     run.saver.timeout_s = cfg.fsdp.timeout_s
     if cfg.rewards and cfg.stage != "seqkd":
-        run.rewards = RewardSet(reward_specs(cfg.rewards))
+        run.rewards = RewardSet(reward_specs(cfg.rewards), run_dir / "rewards", world.rank)
     if resume_from is not None:
         restore(run, resume_from)
     _announce(run, resume_from, time.monotonic() - started)
