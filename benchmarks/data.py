@@ -31,13 +31,13 @@ TEMPLATE = (
 CONTESTANTS = {
     "gad analyze-tokens": """
 from gadcli.data.lengths import analyse
-from gadcli.data.tokenize import ChatTokenizer
+from gadcli.chat.tokenize import ChatTokenizer
 tokens = analyse([FILE], ("content", "teacher_response"), ChatTokenizer.from_folder(MODEL)).fields["both"].tokens
 """,
     "gad check -t": """
 from gadcli.data.audit import CheckSpec, audit
 from gadcli.data.check import Limits
-from gadcli.data.tokenize import ChatTokenizer
+from gadcli.chat.tokenize import ChatTokenizer
 summary = audit([FILE], CheckSpec(tokenizer=ChatTokenizer.from_folder(MODEL), limits=Limits(4096, 4096, 8192)))
 assert summary.dropped == 0
 tokens = TOKENS
@@ -152,9 +152,9 @@ print(json.dumps({"tokens": tokens, "cpu": used.ru_utime + used.ru_stime - START
 
 def write_texts(file: Path, model: Path, out: Path) -> None:
     """The very strings that are tokenised, for the bare tokenizer."""
+    from gadcli.chat.tokenize import ChatTokenizer
     from gadcli.data.check import open_files, scan_rows
     from gadcli.data.findings import Summary
-    from gadcli.data.tokenize import ChatTokenizer
 
     tokenizer, keys, summary = ChatTokenizer.from_folder(model), ("content", "teacher_response"), Summary()
     texts: list[str] = []
@@ -166,9 +166,9 @@ def write_texts(file: Path, model: Path, out: Path) -> None:
 
 def warm_start(file: Path, model: Path, cache: Path) -> dict[str, float]:
     """Seconds to the first batch of a data set whose cache is built."""
+    from gadcli.chat.tokenize import ChatTokenizer
     from gadcli.config.schema import DataConfig
     from gadcli.data.batches import BatchOrder, open_dataset
-    from gadcli.data.tokenize import ChatTokenizer
 
     cfg = DataConfig(train_files=[str(file)], train_batch_size=128, max_prompt_length=4096, max_response_length=4096)
     tokenizer = ChatTokenizer.from_folder(model)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from data_rows import good_rows, make_tokenizer, user
+from gadcli.chat.tokenize import ChatTokenizer
 from gadcli.config.schema import DataConfig
 from gadcli.data.batches import BatchOrder, Dataset, Permutation, count_overlap, open_dataset
-from gadcli.data.tokenize import ChatTokenizer
 from gadcli.errors import DataError, ResourceError
 
 Write = Callable[..., str]

@@ -167,8 +167,8 @@ def test_8_a_template_that_drops_a_role_is_noticed(write: Write, tmp_path: Path)
     silent.save_pretrained(tmp_path / "silent")
     path = write([([{"role": "system", "content": "be brief"}, *user("q")], "a"), *good_rows(1)])
     code, findings = check(tmp_path, path, "-t", str(tmp_path / "silent"))
-    assert (code, reasons(findings)) == (3, ["template_refuses"])
-    assert "drops message 1, of role 'system'" in findings[0]["message"]
+    assert (code, reasons(findings)) == (3, ["template_leaves_out", "template_rewrites"])
+    assert "leaves out message 1, of role 'system'" in findings[0]["message"]
 
 
 @pytest.mark.parametrize("value", [7, [1], {"text": "q"}])

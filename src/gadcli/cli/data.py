@@ -12,11 +12,11 @@ from gadcli.cli import data_collect
 from gadcli.cli.common import JsonOption, QuietOption, print_json
 
 if TYPE_CHECKING:
+    from gadcli.chat.tokenize import ChatTokenizer
     from gadcli.config.schema import GadConfig
     from gadcli.data.audit import CheckSpec
-    from gadcli.data.check import Limits
     from gadcli.data.findings import Summary
-    from gadcli.data.tokenize import ChatTokenizer
+    from gadcli.data.tokens import Limits
 
 app = typer.Typer(help="Analyse, check and collect training data.")
 
@@ -45,7 +45,7 @@ def note(text: str, quiet: bool = False) -> None:
 
 def open_tokenizer(model: str) -> ChatTokenizer:
     """The tokenizer of a model folder, .gguf or checkpoint; torch is imported only where a conversion needs it."""
-    from gadcli.data.tokenize import ChatTokenizer
+    from gadcli.chat.tokenize import ChatTokenizer
 
     folder = Path(model).expanduser()
     if (folder / "tokenizer.json").is_file():
@@ -195,7 +195,7 @@ def check(
 
 def limits_of(cfg: GadConfig | None, given: tuple[int | None, ...], truncation: str) -> Limits | None:
     """The limits given, over a preset's if there is one; what neither names has no limit. None if nothing does."""
-    from gadcli.data.check import Limits
+    from gadcli.data.tokens import Limits
 
     if cfg is None and not any(given):
         return None
@@ -254,18 +254,24 @@ def open_findings(path: Path) -> Any:
 
 
 def print_masks(files: list[str], spec: CheckSpec, n: int) -> None:
-    """Rows as the student sees them: the prompt plain, trained tokens coloured and parted, EOS visible."""
+    """Rows as the student sees them: given tokens plain, trained ones coloured and parted, EOS visible."""
     import os
+    from itertools import groupby
 
     from gadcli.data.audit import masks
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for prompt, answer in masks(files, spec, n):
+    for mask in masks(files, spec, n):
         print("-" * 40)
-        print("".join(prompt), end="")
-        trained = "|".join(piece.replace("\n", "\\n") for piece in answer)
-        print(f"\x1b[32m{trained}\x1b[0m" if colour else f"[[{trained}]]")
-        print(f"-- {len(prompt)} prompt tokens, not trained; {len(answer)} trained, EOS included")
+        for kind, group in groupby(mask.pieces, key=lambda piece: piece[0]):
+            pieces = [text for _, text in group]
+            trained = "|".join(piece.replace("\n", "\\n") for piece in pieces)
+            shown = f"\x1b[32m{trained}\x1b[0m" if colour else f"[[{trained}]]"
+            print(shown if kind == "trained" else "".join(pieces), end="")
+        given = mask.tokens["prompt"] + mask.tokens.get("other", 0)
+        print(f"\n-- {given} given tokens, not trained; {mask.tokens['trained']} trained, EOS included")
+        for remark in mask.remarks:
+            print(f"-- {remark}")
 
 
 for _function in (data_collect.collect, data_collect.split, data_collect.head):

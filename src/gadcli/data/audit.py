@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from gadcli.data.check import (
-    TOKENISED_ROWS,
-    Limits,
-    Progress,
-    SpecialText,
-    account,
-    failure,
-    limit,
-    open_files,
-    scan_rows,
-    tokenise,
-)
+from gadcli.chat.tokenize import ChatTokenizer
+from gadcli.data.check import Progress, account, failure, open_files, scan_rows
 from gadcli.data.duplicates import DuplicateCounter, hashes
 from gadcli.data.files import FileInfo
 from gadcli.data.findings import Finding, Summary
 from gadcli.data.reading import CHUNK_ROWS
 from gadcli.data.rows import Row, RowBatch
-from gadcli.data.tokenize import ChatTokenizer
+from gadcli.data.template_check import template_findings
+from gadcli.data.tokens import TOKENISED_ROWS, Answer, Limits, Style, limit, tokenise
 from gadcli.data.writing import CleanWriter
 from gadcli.errors import DataError
 
@@ -44,6 +38,7 @@ class CheckSpec:
     keys: tuple[str, str] = ("content", "teacher_response")
     tokenizer: ChatTokenizer | None = None
     limits: Limits | None = None
+    style: Style = Style()
     strict: bool = False
     on_bad_row: str = "error"
     batch_size: int = 1
@@ -55,11 +50,14 @@ class CheckSpec:
 def audit(
     patterns: list[str], spec: CheckSpec, sink: IO[str] | None = None, progress: Progress | None = None
 ) -> Summary:
-    """Check all files; findings stream to `sink` as JSONL. Never raises for what is in the data (see `verdict`).
+    """Check all files; findings stream to `sink` as JSONL. Never raises for what is in the data (see
+    `verdict`); ConfigError for a template that nothing can be trained with.
 
     Memory is bounded: hashes for repeats and overlap go to disk beyond some million rows.
     """
     summary = Summary(sink=sink)
+    if spec.tokenizer is not None:
+        summary.add(template_findings(spec.tokenizer))
     infos = open_files(patterns, spec.keys, summary)
     with ExitStack() as stack:
         repeats = stack.enter_context(DuplicateCounter())
@@ -87,7 +85,6 @@ def _scan(
     writer: CleanWriter | None,
 ) -> list[tuple[int, str]]:
     """The pass itself; returns where each file begins: its first row id and its name, in order."""
-    special = SpecialText(spec.tokenizer.special_texts) if spec.tokenizer else None
     starts: list[tuple[int, str]] = []
     most = TOKENISED_ROWS if spec.tokenizer else CHUNK_ROWS
     for batch in scan_rows(infos, summary, progress, with_extras=writer is not None, most_rows=most):
@@ -95,9 +92,8 @@ def _scan(
         if starts[-1:] != [start]:  # a file named twice starts twice
             starts.append(start)
         trimmed: list[Row] = []
-        if special is not None and spec.tokenizer is not None:
-            special.check(batch)
-            tokens = tokenise(spec.tokenizer, batch)
+        if spec.tokenizer is not None:
+            tokens = tokenise(spec.tokenizer, batch, spec.style)
             if spec.limits is not None:
                 limit(tokens, spec.limits)
                 if spec.fix == "trim":
@@ -137,7 +133,7 @@ def _cut(text: str, tokenizer: ChatTokenizer, most: int) -> str:
     for keep in range(most - 1, 0, -1):
         shorter = text[: encoding.offsets[keep - 1][1]]
         # A prefix may tokenize into more pieces than it had inside the whole: look again, and cut deeper.
-        if shorter.strip() and len(tokenizer.encode_answers([shorter])[0]) < most:
+        if shorter.strip() and len(tokenizer.encode_behind(shorter)) < most:
             return shorter
     return ""
 
@@ -190,20 +186,41 @@ def verdict(summary: Summary, spec: CheckSpec) -> DataError | None:
     return error
 
 
-def masks(patterns: list[str], spec: CheckSpec, n: int) -> Iterator[tuple[list[str], list[str]]]:
-    """The first n good rows as tokens: the prompt's, and the trained ones of the answer with its EOS."""
+@dataclass(frozen=True)
+class Mask:
+    """A row's tokens as texts, and what is done with each: "prompt" (given), "trained" or "other" (another speaker's
+    turn between trained ones, `data.turns=each`)."""
+
+    pieces: list[tuple[str, str]]
+    tokens: dict[str, int]
+    remarks: list[str]
+
+
+def masks(patterns: list[str], spec: CheckSpec, n: int) -> Iterator[Mask]:
+    """The first n good rows, each with its first answer and the end token, and what was noticed about the row."""
     if spec.tokenizer is None:
         return
     summary = Summary()
-    backend = spec.tokenizer.backend
     for batch in scan_rows(open_files(patterns, spec.keys, summary), summary, most_rows=64):
-        tokens = tokenise(spec.tokenizer, batch)
-        for j, answer in enumerate(tokens.answers):
+        tokens = tokenise(spec.tokenizer, batch, spec.style)
+        for row, prompt, answers in zip(tokens.rows, tokens.prompts, tokens.answers, strict=True):
             if n <= 0:
                 return
             n -= 1
-            ids = [*answer.ids, spec.tokenizer.eos_id]
-            yield _pieces(backend, tokens.prompts.ids(j)), _pieces(backend, ids)
+            at = batch.first_row + row.row_id - batch.first_id
+            remarks = [f"{f.reason}: {f.message}" for f in batch.findings if f.row == at]
+            yield _mask(spec.tokenizer.backend, prompt, answers[0], remarks)
+
+
+def _mask(backend: Any, prompt: list[int], answer: Answer, remarks: list[str]) -> Mask:
+    kinds = ["trained"] * len(answer.ids)
+    for start, end in answer.untrained:
+        kinds[start:end] = ["other"] * (end - start)
+    kinds = ["prompt"] * len(prompt) + kinds
+    pieces: list[tuple[str, str]] = []
+    for kind, group in groupby(zip(kinds, [*prompt, *answer.ids], strict=True), key=itemgetter(0)):
+        pieces += [(kind, piece) for piece in _pieces(backend, [i for _, i in group])]
+    return Mask(pieces, dict(Counter(kinds)), remarks)
 
 
 def _pieces(backend: Any, ids: list[int]) -> list[str]:

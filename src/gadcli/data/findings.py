@@ -14,7 +14,8 @@ EXAMPLES_PER_REASON = 5
 
 @dataclass(frozen=True)
 class Reason:
-    """One kind of fault: its level (`error` rows cannot be trained on), what it means, what to do next."""
+    """One kind of fault: its level (`error` rows cannot be trained on, `warn` fails under --strict, `note` is counted
+    and said), what it means, what to do next."""
 
     level: str
     meaning: str
@@ -49,6 +50,79 @@ REASONS: dict[str, Reason] = {
     "role_unknown": Reason("error", "a role the chat template does not know", "use system, user or assistant"),
     "last_is_assistant": Reason("error", "the last turn is the assistant's", "end the prompt with the user's turn"),
     "template_refuses": Reason("error", "the model's chat template refuses the messages", "reorder the turns"),
+    "system_refused": Reason(
+        "error", "the model's chat template has no system role", "put the system text into the first user message"
+    ),
+    "template_leaves_out": Reason(
+        "error",
+        "the model's chat template leaves out a message, a tool call or the tools",
+        "drop them from the rows, or take a model whose template writes them",
+    ),
+    "template_missing": Reason(
+        "error",
+        "the model has no chat template to tell several messages apart",
+        "put a chat_template.jinja into the model's folder, or give one user message per row",
+    ),
+    "template_absent": Reason(
+        "warn",
+        "the model has no chat template: prompts are given as they are",
+        "put a chat_template.jinja into the model's folder if it is to be served as a chat model",
+    ),
+    "template_date": Reason(
+        "note",
+        "the chat template writes today's date into prompts",
+        "data.template_kwargs={date_string: …} fixes it where the template takes one",
+    ),
+    "template_rewrites": Reason(
+        "note",
+        "the template renders finished conversations otherwise: the teacher's own text is trained behind the prompt",
+        "nothing, if --show-mask shows what you expect",
+    ),
+    "template_end": Reason(
+        "warn",
+        "the template ends answers with text that the tokenizer has no token for",
+        "add it to the tokenizer's special tokens, or correct the template",
+    ),
+    "end_differs": Reason(
+        "note",
+        "answers end with a token that is not the tokenizer's eos_token",
+        "nothing: gad stops at both, and saved models name both in generation_config.json",
+    ),
+    "end_is_text": Reason(
+        "warn", "an eos_token_id is a plain token of the vocabulary", "correct eos_token_id in generation_config.json"
+    ),
+    "start_twice": Reason("warn", "the prompt holds the BOS token twice", "write bos_token once in the chat template"),
+    "end_added": Reason(
+        "note", "the tokenizer adds tokens behind every text: left out of prompts", "set add_eos_token to false"
+    ),
+    "end_in_answer": Reason(
+        "warn", "the answer ends with the text of an end token, which is trained once", "remove it from the answer"
+    ),
+    "end_inside": Reason(
+        "error", "an end token's text stands inside the answer", "remove or escape it: sampling would stop there"
+    ),
+    "think_opened_twice": Reason(
+        "warn",
+        "prompt and answer both open <think>: trained with one of them",
+        "remove <think> from the answer's start",
+    ),
+    "think_not_opened": Reason(
+        "warn", "the answer closes </think> that nothing has opened", "put <think> at the answer's start"
+    ),
+    "think_not_closed": Reason(
+        "error",
+        "thinking is opened and the answer never closes it",
+        "add the reasoning with its </think>, or set "
+        "data.template_kwargs={enable_thinking: false} where the template knows it",
+    ),
+    "border_merges": Reason(
+        "note",
+        "the whole text's tokens run across the prompt's end: the answer is tokenised behind it",
+        "nothing: prompts stay as the sampler gets them",
+    ),
+    "turn_rewritten": Reason(
+        "error", "the template writes earlier assistant turns otherwise than last ones", "data.turns=last"
+    ),
     "prompt_too_long": Reason("error", "the prompt is over data.max_prompt_length", "raise it, or set data.truncation"),
     "row_too_long": Reason(
         "error", "prompt and answer are over rollout.max_model_len", "raise it, or lower the two limits"
@@ -128,7 +202,7 @@ class Summary:
 
     @property
     def warnings(self) -> int:
-        return sum(n for reason, n in self.counts.items() if REASONS[reason].level == "warn")
+        return sum(n for reason, n in self.counts.items() if REASONS[reason].level != "error")
 
     def add(self, findings: Iterable[Finding]) -> None:
         for finding in findings:

@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gadcli.data.check import (
-    TOKENISED_ROWS,
-    Progress,
-    SpecialText,
-    account,
-    open_files,
-    scan_rows,
-    tokenise,
-)
+from gadcli.chat.tokenize import ChatTokenizer
+from gadcli.data.check import Progress, account, open_files, scan_rows
 from gadcli.data.findings import Summary
-from gadcli.data.tokenize import ChatTokenizer
+from gadcli.data.template_check import template_findings
+from gadcli.data.tokens import TOKENISED_ROWS, tokenise
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 FIELDS = ("prompt", "teacher", "both")
@@ -120,29 +114,28 @@ class Analysis:
 def analyse(
     patterns: Iterable[str], keys: tuple[str, str], tokenizer: ChatTokenizer, progress: Progress | None = None
 ) -> Analysis:
-    """Tokenise every good row once and count: `prompt` (template and generation prompt included), `teacher` (EOS
-    included), `both`."""
+    """Tokenise every good row once and count: `prompt` (template and generation prompt included), `teacher` (each
+    answer, EOS included), `both` (each answer with its prompt)."""
     summary = Summary()
+    summary.add(template_findings(tokenizer))
     infos = open_files(list(patterns), keys, summary)
-    special = SpecialText(tokenizer.special_texts)
     fields = {name: Lengths() for name in FIELDS}
     files: dict[str, dict[str, Any]] = {}
     for batch in scan_rows(infos, summary, progress, most_rows=TOKENISED_ROWS):
-        special.check(batch)
         tokens = tokenise(tokenizer, batch)
         account(batch, summary)
-        fields["prompt"].add(tokens.prompt_lengths)
-        fields["teacher"].add(tokens.answer_lengths)
-        fields["both"].add(tokens.prompt_lengths + tokens.answer_lengths)
+        prompts, answers = tokens.prompt_lengths, tokens.answer_lengths
+        fields["prompt"].add(prompts)
+        fields["teacher"].add(answers)
+        fields["both"].add(np.repeat(prompts, tokens.answers_per_row) + answers)
         file = files.setdefault(batch.file, {"rows": 0, "dropped": 0, "prompt_tokens": 0, "teacher_tokens": 0,
                                              "longest_prompt": 0, "longest_teacher": 0})  # fmt: skip
         file["rows"] += len(batch)
         file["dropped"] += batch.bad
-        file["prompt_tokens"] += int(tokens.prompt_lengths.sum())
-        file["teacher_tokens"] += int(tokens.answer_lengths.sum())
-        if len(tokens.rows):
-            file["longest_prompt"] = max(file["longest_prompt"], int(tokens.prompt_lengths.max()))
-            file["longest_teacher"] = max(file["longest_teacher"], int(tokens.answer_lengths.max()))
+        file["prompt_tokens"] += int(prompts.sum())
+        file["teacher_tokens"] += int(answers.sum())
+        file["longest_prompt"] = max(file["longest_prompt"], int(prompts.max(initial=0)))
+        file["longest_teacher"] = max(file["longest_teacher"], int(answers.max(initial=0)))
     return Analysis(fields, files, summary)
 
 

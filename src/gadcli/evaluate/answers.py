@@ -163,10 +163,11 @@ def work(folder: Path, rank: int) -> None:
     """One rank's share of the answers, written as they come."""
     from transformers import AutoConfig
 
+    from gadcli.chat.tokenize import ChatTokenizer, load_tokenizer
     from gadcli.checkpoint.resolve_model import resolve_model
     from gadcli.config.schema import DataConfig, FsdpConfig, RolloutConfig
     from gadcli.data.batches import open_dataset
-    from gadcli.data.tokenize import eos_id_of, load_tokenizer
+    from gadcli.data.tokens import Style
     from gadcli.distributed.world import init_world
     from gadcli.rollout.build import build_sampler
 
@@ -185,7 +186,9 @@ def work(folder: Path, rank: int) -> None:
         max_response_length=request.max_response_length,
         truncation="drop",
     )
-    data = open_dataset(list(request.files), tokenizer, data_cfg, max_model_len, split="val")
+    chat = ChatTokenizer.of(tokenizer, model_path)
+    style = Style(hidden_thinking=True)  # nobody is trained on these answers
+    data = open_dataset(list(request.files), chat, data_cfg, max_model_len, split="val", style=style)
     total = sum(len(data) * (request.n if temperature else 1) for temperature in request.temperatures)
     if rank == 0:
         _replace(folder / PLAN_FILE, json.dumps({"answers": total, "dropped": data.dropped}))
@@ -195,8 +198,7 @@ def work(folder: Path, rank: int) -> None:
         max_num_seqs=request.max_num_seqs,
         gpu_memory_utilization=0.5 if request.discriminator else 0.85,
     )
-    eos = eos_id_of(tokenizer)
-    sampler = build_sampler(rollout, model_path, world, eos_ids=[eos], dtype=request.dtype, seed=request.seed)
+    sampler = build_sampler(rollout, model_path, world, eos_ids=chat.end_ids, dtype=request.dtype, seed=request.seed)
     critic = None
     if request.discriminator:
         from gadcli.evaluate.given_discriminator import load_discriminator

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from gadcli.chat.tokenize import ChatTokenizer, load_tokenizer
 from gadcli.checkpoint.hub_files import trained_files
 from gadcli.checkpoint.resolve_model import resolve_model
 from gadcli.config.memory import needs_reference
@@ -17,7 +18,6 @@ from gadcli.config.rewards import reward_specs
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, count_overlap, open_dataset
 from gadcli.data.order import BatchOrder
-from gadcli.data.tokenize import eos_id_of, load_tokenizer
 from gadcli.distributed.fsdp import resolve_dtype, shard
 from gadcli.distributed.signals import StopFlag
 from gadcli.distributed.world import World, init_world
@@ -43,12 +43,12 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     critic_path = _resolve_ahead(cfg.critic.model.path if cfg.trainer.critic_warmup >= 0 else "", world, "critic")
     actor_path = _resolve_together(cfg.actor.model.path, world)
     tokenizer = load_tokenizer(actor_path)
-    train_data, val_data = _open_data(cfg, tokenizer)
+    chat = ChatTokenizer.of(tokenizer, actor_path)
+    train_data, val_data = _open_data(cfg, chat)
     notes = data_notes(cfg, train_data, val_data)
-    eos_ids = [eos_id_of(tokenizer)]
     # Read now, not when the first checkpoint is written: what cannot be saved must fail before training.
     model_files = {
-        "actor": trained_files(Path(actor_path), critic=False, ends=eos_ids, num_layers=cfg.actor.model.num_layers)
+        "actor": trained_files(Path(actor_path), critic=False, ends=chat.end_ids, num_layers=cfg.actor.model.num_layers)
     }
     order = BatchOrder(len(train_data), cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
     progress = Progress(total_steps=cfg.trainer.total_steps or cfg.trainer.total_epochs * order.steps_per_epoch)
@@ -73,7 +73,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     if cfg.trainer.critic_warmup >= 0:
         path = critic_path() if cfg.critic.model.path else actor_path
         model_files["critic"] = trained_files(
-            Path(path), critic=True, ends=eos_ids, num_layers=cfg.critic.model.num_layers
+            Path(path), critic=True, ends=chat.end_ids, num_layers=cfg.critic.model.num_layers
         )
         critic = _build_critic(cfg, path, actor_path, world, progress, records, resumed=resume_from is not None)
     reference = _build_reference(cfg, actor_path, actor_model, world)
@@ -83,7 +83,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
             cfg.rollout,
             actor_path,
             world,
-            eos_ids=eos_ids,
+            eos_ids=chat.end_ids,
             dtype=cfg.actor.model.dtype,
             seed=cfg.trainer.seed,
             weights=False,
@@ -98,7 +98,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         run_dir=run_dir,
         world=world,
         tokenizer=tokenizer,
-        eos_ids=eos_ids,
+        eos_ids=chat.end_ids,
         train_data=train_data,
         val_data=val_data,
         order=order,
@@ -141,7 +141,7 @@ def _resolve_together(path: str, world: World, role: str = "actor", ahead: Futur
     return folder
 
 
-def _open_data(cfg: GadConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+def _open_data(cfg: GadConfig, tokenizer: ChatTokenizer) -> tuple[Dataset, Dataset | None]:
     train = open_dataset(cfg.data.train_files, tokenizer, cfg.data, cfg.rollout.max_model_len, split="train")
     if not (cfg.data.val_files or cfg.data.val_rows):
         return train, None
