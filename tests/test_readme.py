@@ -40,7 +40,7 @@ def documented() -> list[str]:
     for path in DOCS:
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S):
             lines += [line.split("  #")[0].split(" #")[0].strip() for line in block.splitlines() if line.strip()]
-    return lines
+    return list(dict.fromkeys(lines))  # the Chinese README repeats the English one's
 
 
 @pytest.fixture(scope="module")
