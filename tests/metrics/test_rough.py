@@ -133,6 +133,18 @@ def test_an_sft_loss_that_stands_still_or_rises_is_named(name: str | None, curve
     assert faults(judged((info, steps))) == ([name] if name else [])
 
 
+def test_held_out_text_that_gets_less_likely_again_is_named_with_the_step_to_go_back_to() -> None:
+    info = {**header(), "stage": "seqkd", "objective": "sft", "critic_warmup": -1}
+    steps = [sft(Noise(i), i, 120) for i in range(120)]
+    turns: Evals = [(step, {"val/nll": 2.0 + 0.01 * abs(step - 40)}) for step in range(20, 121, 20)]
+    (found,) = judged((info, steps), turns)
+    assert found.name == "overfits" and found.evidence[0].since == 40 and "stop_after" in found.cures[0]
+    still_falling: Evals = [(step, {"val/nll": 3.0 - 0.01 * step}) for step in range(20, 121, 20)]
+    assert faults(judged((info, steps), still_falling)) == []
+    one_worse: Evals = [*still_falling, (140, {"val/nll": 1.9})]
+    assert faults(judged((info, steps), one_worse)) == [], "one evaluation is no trend"
+
+
 def test_answers_that_stop_ending_are_named_long_before_the_mass_is_cut() -> None:
     def never_ends(n: Noise, p: float) -> Metrics:
         return {"response_length/clip_ratio": n.within(0.1 + 0.55 * p, 0.03), "response_length/mean": 150.0}

@@ -12,7 +12,7 @@ from gadcli.errors import CheckpointError, ConfigError
 from gadcli.files import fsync_path
 
 # Metrics of which less is better; of all others (rouge_l, exact_match, d_acc …) more is.
-_LESS_IS_BETTER = ("loss", "perplexity", "ppl", "kl", "length_auc")
+_LESS_IS_BETTER = ("loss", "perplexity", "ppl", "kl", "nll", "length_auc")
 
 
 def less_is_better(metric: str) -> bool:

@@ -17,6 +17,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONG_RESPONSE = 256  # tokens above which a sum of values saturates the untempered ranking loss
 UNTRAINED_CRITIC = "no --reward-model: gad starts from an untrained discriminator, scores are noise; run warmup first"
 OBJECTIVES_OF = {"seqkd": ("sft", "soda"), "warmup": ("policy", "sft"), "gad": ("policy", "best_of_n")}  # usual first
+OF_THE_CRITIC = ("val/d_acc", "val/probe_")  # it moves, so its figures of two steps do not compare
 COLD = 0.3  # temperature below which a group's samples are nearly equal
 
 
@@ -112,6 +113,12 @@ class Checker:
         if trainer.keep_best and not trainer.keep_best.startswith("val/"):
             message = f"trainer.keep_best is {trainer.keep_best!r}, but only val/… metrics are held out"
             self.fail("trainer.keep_best", message, "trainer.keep_best=val/rouge_l")
+        if trainer.keep_best.startswith(OF_THE_CRITIC):
+            message = f"trainer.keep_best is {trainer.keep_best}, which the discriminator in training measures"
+            self.fail("trainer.keep_best", message, "trainer.keep_best=val/rouge_l or val/nll")
+        if trainer.stop_after and not trainer.keep_best:
+            message = "trainer.stop_after waits for a better trainer.keep_best, which is empty"
+            self.fail("trainer.keep_best", message, "trainer.keep_best=val/nll")
         if trainer.keep_best and not trainer.test_freq:
             message = "trainer.keep_best needs evaluations while training, and trainer.test_freq is 0"
             self.fail("trainer.test_freq", message, "trainer.test_freq=20")

@@ -264,7 +264,12 @@ class TrainerConfig:
         choices=("auto", "always", "never"),
     )
     keep_last: int = opt(2, "checkpoints to keep", min=2)
-    keep_best: str = opt("", "also keep the best by this val metric, e.g. val/rouge_l")
+    keep_best: str = opt(
+        "", "save and keep the best evaluation's weights by this val metric, e.g. val/rouge_l or val/nll"
+    )
+    stop_after: int = opt(
+        0, "end the run after this many evaluations in a row without a better trainer.keep_best; 0 never does", min=0
+    )
     test_freq: int = opt(0, "steps between evaluations on the held-out rows; 0 evaluates at the end only", min=0)
     val_before_train: bool = opt(False, "also evaluate before the first step")
     seed: int = opt(1, "seed of weights, order and sampling", min=0)

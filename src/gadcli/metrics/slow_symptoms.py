@@ -47,6 +47,24 @@ def quality_falls(s: Signals, facts: RunFacts) -> Diagnosis | None:
     )  # fmt: skip
 
 
+def overfits(s: Signals, facts: RunFacts) -> Diagnosis | None:
+    """Supervised: held-out teacher text has become less likely again while the training loss goes on falling."""
+    steps, values = _finite(s.series("val/nll"))
+    if not facts.sft or len(values) < 3:
+        return None
+    best = min(range(len(values)), key=values.__getitem__)
+    if len(values) - 1 - best < 2 or min(values[best + 1 :]) < values[best] * 1.01:
+        return None
+    return Diagnosis(
+        "overfits", "held-out text gets less likely: the student has converged and now overfits", "warn", 0.75,
+        (Evidence("val/nll", values[-1], steps[best], f"{number(values[best])} at its best"),
+         *known([s.evidence("actor/sft_loss", lambda v: v < values[best])])),
+        "more passes over the same rows teach the rows themselves",
+        ("trainer.keep_best=val/nll trainer.stop_after=3",),
+        f"go on from the checkpoint near step {steps[best]}, or collect more rows",
+    )  # fmt: skip
+
+
 def blind_critic(s: Signals, facts: RunFacts) -> Diagnosis | None:
     """d_acc has stayed at one half for a long time: the scores are noise, or the student has caught up."""
     if facts.sft and not s.has("critic/d_acc"):
@@ -113,7 +131,7 @@ def sft_loss(s: Signals, facts: RunFacts) -> Diagnosis | None:
     return None
 
 
-SLOW_RULES: tuple[Rule, ...] = (quality_falls, blind_critic, variety_lost, sft_loss)
+SLOW_RULES: tuple[Rule, ...] = (quality_falls, overfits, blind_critic, variety_lost, sft_loss)
 
 
 def _finite(series: tuple[Sequence[int], Sequence[float]]) -> tuple[list[int], list[float]]:

@@ -231,6 +231,7 @@ _ROWS: tuple[Metric, ...] = (
     ),
     Metric("teacher_length/mean", "tokens", "responses", "mean length of teacher answers"),
     Metric("val/rouge_l", "F1", "responses", "ROUGE-L of held-out answers against the teacher's"),
+    Metric("val/nll", "nats", "responses", "held-out teacher text: student's -log p per token; rises in overfitting"),
     Metric("val/d_acc", "share", "responses", "d_acc on held-out rows"),
     Metric("val/probe_teacher", "score", "responses", "probe set: today's critic's mean raw score of the teacher"),
     Metric("val/probe_start", "score", "responses", "probe set: today's critic's score of the start model's answers"),

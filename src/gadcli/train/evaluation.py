@@ -9,6 +9,7 @@ from gadcli.algo.scores import d_acc
 from gadcli.distributed.world import gather_objects
 from gadcli.evaluate.text import Sample, summary
 from gadcli.model.packing import Group
+from gadcli.model.rollout_batch import teacher_groups
 from gadcli.train.probe_set import (
     Snapshots,
     earlier_answers,
@@ -45,8 +46,9 @@ def evaluate(run: Run) -> dict[str, float]:
         metrics |= probe_metrics(rows)
         if earlier or run.progress.step == 0:
             keep(run, run.progress.step, {row["index"]: row["student_ids"] for row in rows})
+    metrics["val/nll"] = -sum(row["teacher_logp"] for row in rows) / sum(row["teacher_length"] for row in rows)
     for row in rows:  # of no use to a reader
-        del row["student_ids"], row["probe_scores"]
+        del row["student_ids"], row["probe_scores"], row["teacher_logp"]
     run.records.eval(run.progress.step, metrics, rows)
     seconds = time.monotonic() - started
     run.records.event(
@@ -64,6 +66,9 @@ def _sample_share(run: Run, earlier: Snapshots) -> list[dict[str, Any]]:
     indices = share_of_rows(run, held_out_rows(run))
     data = [run.val_data[i] for i in indices]
     answers = sample_held_out(run, data)
+    teacher_logp = run.actor.logprobs(teacher_groups(data), max(len(r.teacher_ids) for r in data), temperature=1.0).sum(
+        -1
+    )
     older = [{step: kept[i] for step, kept in earlier.items() if i in kept} for i in indices]
     scores: list[list[float | None]] = [[None, None]] * len(data)
     if run.maybe_critic is not None:
@@ -84,7 +89,10 @@ def _sample_share(run: Run, earlier: Snapshots) -> list[dict[str, Any]]:
             "teacher_length": len(row.teacher_ids),
             "finished": answer.finished,
             "student_ids": answer.ids,
+            "teacher_logp": logp,
             "probe_scores": dict(zip(old, found[2:], strict=True)),
         }
-        for index, row, answer, found, old in zip(indices, data, answers, scores, older, strict=True)
+        for index, row, answer, found, old, logp in zip(
+            indices, data, answers, scores, older, teacher_logp.tolist(), strict=True
+        )
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from gadcli.checkpoint.retention import less_is_better
 from gadcli.data.batches import TokenizedRow
 from gadcli.distributed.world import max_over_ranks, sum_over_ranks
 from gadcli.model.critic import Scores
@@ -28,10 +29,15 @@ def _asked_to_stop(run: Run) -> bool:
     """Agreed by all ranks, since a signal, the clock or an alarm may reach one before the others."""
     limit = run.cfg.trainer.max_time_s
     out_of_time = bool(limit) and run.progress.train_seconds >= limit
+    patience = run.cfg.trainer.stop_after
+    converged = bool(patience) and run.progress.evals_since_best >= patience
     run.unhealthy = max_over_ranks(float(run.records.alarm is not None)) > 0
-    asked = max_over_ranks(2.0 if run.stop.number or run.unhealthy else float(out_of_time))
+    asked = max_over_ranks(2.0 if run.stop.number or run.unhealthy else float(out_of_time or converged))
     if asked == 1.0:
-        run.records.event("note", f"trainer.max_time_s={limit:g} is used up", step=run.progress.step)
+        text = f"time limit reached (trainer.max_time_s={limit:g})"
+        if converged:
+            text = f"no better {run.cfg.trainer.keep_best} in {patience} evaluations (trainer.stop_after): the run ends"
+        run.records.event("note", text, step=run.progress.step)
     return asked > 0
 
 
@@ -59,16 +65,21 @@ def finish_step(
 def _eval_and_save(run: Run, step: int) -> None:
     trainer = run.cfg.trainer
     collect(run)
-    if trainer.test_freq and step % trainer.test_freq == 0:
-        evaluate_once(run)
-    if (trainer.save_freq and step % trainer.save_freq == 0) or max_over_ranks(float(run.stop.take_save_request())):
+    improved = False
+    if (trainer.test_freq and step % trainer.test_freq == 0) or step == run.progress.total_steps:
+        improved = evaluate_once(run)  # before the save, which records the figures
+    due = improved or (trainer.save_freq and step % trainer.save_freq == 0)
+    if max_over_ranks(float(run.stop.take_save_request())) or due:
         save(run)
 
 
-def evaluate_once(run: Run) -> None:
-    """Sample and score the held-out rows, once a step at most; may release the actor (critic_warmup_until)."""
+def evaluate_once(run: Run) -> bool:
+    """Sample and score the held-out rows, once a step at most; may release the actor (critic_warmup_until).
+
+    Returns whether these weights are the best so far by trainer.keep_best.
+    """
     if run.val_data is None or run.progress.last_eval_step == run.progress.step:
-        return
+        return False
     run.progress.last_eval = evaluate(run)
     run.progress.last_eval_step = run.progress.step
     wanted, d_acc = run.cfg.trainer.critic_warmup_until, run.progress.last_eval.get("val/d_acc", 0.0)
@@ -79,6 +90,21 @@ def evaluate_once(run: Run) -> None:
             f"held-out d_acc {d_acc:.3f} >= {wanted:g}: the actor learns from now on",
             step=run.progress.step,
         )
+    return _note_best(run)
+
+
+def _note_best(run: Run) -> bool:
+    """Whether the evaluation just made is the best so far by trainer.keep_best, and for how many it was not."""
+    progress, metric = run.progress, run.cfg.trainer.keep_best
+    value = progress.last_eval.get(metric)
+    if value is None:
+        return False
+    sign = -1.0 if less_is_better(metric) else 1.0
+    if progress.best is None or sign * value > sign * progress.best:
+        progress.best, progress.evals_since_best = value, 0
+        return True
+    progress.evals_since_best += 1
+    return False
 
 
 def finish(run: Run) -> None:

@@ -37,6 +37,8 @@ class Progress:
     released_at: int | None = None  # the step after which the actor learns, when held-out d_acc ended the warm-up
     last_eval: dict[str, float] = field(default_factory=dict)
     last_eval_step: int = -1
+    best: float | None = None  # of trainer.keep_best over the evaluations so far
+    evals_since_best: int = 0
     last_saved_step: int = -1
 
 

@@ -74,7 +74,8 @@ def _state_of(run: Run) -> dict[str, Any]:
         },
         "rng": rng_state(run.world.device),
         "assets": {name: _writer_of_assets(run, name, role.model) for name, role in roles.items()},
-        "metrics": dict(run.progress.last_eval),
+        # Figures of other weights would make these look like the best.
+        "metrics": dict(run.progress.last_eval) if run.progress.last_eval_step == run.progress.step else {},
         "keep_last": run.cfg.trainer.keep_last,
         "keep_best": run.cfg.trainer.keep_best,
     }
@@ -93,7 +94,7 @@ def restore(run: Run, path: Path) -> None:
             state["optim"] = optimizer_state(role.model, role.optimizer)
         load_checkpoint(path, name, state)
     fields = {field.name for field in dataclasses.fields(run.progress)} - {"total_steps"}
-    for key in fields:
+    for key in fields & trainer.keys():
         setattr(run.progress, key, trainer[key])
     if (rng := load_rng(path)) is not None:
         set_rng_state(rng, run.world.device)
