@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,7 +65,7 @@ def main(
     quiet: QuietOption = False,
 ) -> None:
     """Score a model on held-out rows: ROUGE-L, lengths, a fresh discriminator, and a judge where one is given."""
-    from gadcli.data.files import expand
+    from gadcli.data.choose import choose_files
     from gadcli.evaluate.answers import AnswerRequest
 
     temperatures = tuple(dict.fromkeys(temperature or [0.0]))
@@ -74,9 +75,11 @@ def main(
         from gadcli.evaluate.judge import judge_endpoint
 
         judge = judge_endpoint(judge_url, judge_model, judge_max_tokens)
-    expand(data)  # a misspelt file should not wait for a model to load
+    chosen = choose_files(data, "val")  # a misspelt file should not wait for a model to load
+    for place, note in chosen.notes:
+        print(f"{place}: {note}", file=sys.stderr)
     request = AnswerRequest(
-        model=model, files=tuple(data), temperatures=temperatures, n=n, rows=rows,
+        model=model, files=tuple(chosen.files), temperatures=temperatures, n=n, rows=rows,
         max_prompt_length=max_prompt_length, max_response_length=max_response_length, prompt_key=prompt_key,
         response_key=response_key, engine=engine, device=device, seed=seed, discriminator=discriminator,
         discriminator_values=discriminator_values,

@@ -160,7 +160,7 @@ def _overlap(spec: CheckSpec, summary: Summary, prompts: DuplicateCounter, place
     aside = Summary()
     count = 0
     with DuplicateCounter() as held:
-        for batch in scan_rows(open_files(spec.val, spec.keys, aside), aside):
+        for batch in scan_rows(open_files(spec.val, spec.keys, aside, "val"), aside):
             good = batch.good()
             held.add(hashes(row.prompt_json() for row in good), np.arange(len(good)))
         if aside.file_errors:

@@ -17,8 +17,8 @@ from gadcli.config.machine import cache_folder
 from gadcli.config.schema import DataConfig
 from gadcli.data.cache import ENTRY, cached
 from gadcli.data.check import Progress
+from gadcli.data.choose import expand
 from gadcli.data.duplicates import smallest
-from gadcli.data.files import expand
 from gadcli.data.order import BatchOrder, Permutation
 from gadcli.data.rows import Message
 from gadcli.data.tokens import Limits, Spans, Style
@@ -168,7 +168,8 @@ def open_dataset(
     patterns = files or (cfg.train_files if split == "train" or not cfg.val_files else cfg.val_files)
     limits = Limits(cfg.max_prompt_length, cfg.max_response_length, max_model_len, cfg.truncation)
     root = Path(cache_dir) if cache_dir is not None else default_cache()
-    folder = cached(expand(patterns), tokens, cfg, limits, style, root, progress)
+    paths = expand(patterns, "val" if split == "val" and cfg.val_files else "train")
+    folder = cached(paths, tokens, cfg, limits, style, root, progress)
     dataset = Dataset(folder, _choose(folder, cfg, split), each_answer=each_answer)
     if split == "train" and len(dataset) < cfg.train_batch_size:
         raise DataError(

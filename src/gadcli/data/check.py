@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from gadcli.data.files import FileInfo, expand, inspect
+from gadcli.data.choose import choose_files
+from gadcli.data.files import FileInfo, inspect
 from gadcli.data.findings import Finding, Summary
 from gadcli.data.reading import CHUNK_ROWS, read_chunks
 from gadcli.data.rows import RowBatch, normalise, prompts_are_plain
@@ -17,10 +18,14 @@ Progress = Callable[[int, int | None], None]
 LENGTH_REASONS = ("teacher_too_long", "prompt_too_long", "row_too_long")
 
 
-def open_files(patterns: list[str], keys: tuple[str, str], summary: Summary) -> list[FileInfo]:
+def open_files(
+    patterns: Sequence[str], keys: tuple[str, str], summary: Summary, split: str = "train"
+) -> list[FileInfo]:
     """The readable ones of the files that are meant; faults go to the summary (1, 18, 20, 24), and what was guessed."""
     infos = []
-    for path in expand(patterns):
+    choice = choose_files(patterns, split)
+    summary.add(Finding("files_chosen", place, note) for place, note in choice.notes)
+    for path in choice.files:
         info = inspect(path, *keys)
         if isinstance(info, FileInfo):
             infos.append(info)

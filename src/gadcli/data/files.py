@@ -1,15 +1,13 @@
-"""Which files are meant, and whether each is readable and holds rows of a known format (torch-free)."""
+"""Whether a file is readable, and which of the known formats its rows are in (torch-free)."""
 
 from __future__ import annotations
 
 import difflib
-import glob
 import os
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +15,8 @@ import pyarrow.parquet as pq
 from gadcli.data.findings import Finding, printable
 from gadcli.data.formats import Fault, Format, choose_format
 from gadcli.data.records import UNREADABLE, arrow_batches, kind_of, read_records
-from gadcli.errors import DataError, ResourceError
+from gadcli.errors import ResourceError
 
-PARQUET_SUFFIXES = (".parquet", ".pq")
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PROBE_ROWS = 64
 # A file that unfolds to over a thousand times its size, and to more than this, is a bomb and no corpus:
 # dictionary encoding already removes repeats, and the best compressors reach 20x on prose.
@@ -41,42 +37,6 @@ class FileInfo:
     columns: tuple[str, ...]
     format: Format
     schema: pa.Schema | None = None
-
-
-def expand(patterns: list[str] | tuple[str, ...]) -> list[str]:
-    """Files named by paths, folders (searched to the bottom) and globs, each pattern's matches in sorted order.
-
-    Raises DataError if a pattern matches nothing.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            matches = _inside(path)
-        elif path.exists():
-            matches = [str(path)]
-        else:
-            globbed = [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
-            # Spark writes folders called x.parquet; `**` matches them and the files in them.
-            each = (
-                _inside(m) if m.is_dir() and m.suffix in PARQUET_SUFFIXES else [str(m)] * m.is_file() for m in globbed
-            )
-            matches = list(dict.fromkeys(chain.from_iterable(each)))
-        if not matches:
-            kinds = ", ".join(PARQUET_SUFFIXES + JSONL_SUFFIXES)
-            raise DataError(f"{pattern}: no such file, folder with data, or match", f"looked for {kinds}")
-        found += matches
-    if not found:
-        raise DataError("no data files given", "name parquet or jsonl files, folders or globs")
-    return found
-
-
-def _inside(folder: Path) -> list[str]:
-    return [str(p) for p in sorted(folder.rglob("*")) if _is_data(p)]
-
-
-def _is_data(path: Path) -> bool:
-    return path.is_file() and path.suffix in PARQUET_SUFFIXES + JSONL_SUFFIXES and not path.name.startswith((".", "_"))
 
 
 def inspect(path: str, prompt_key: str, response_key: str | None) -> FileInfo | list[Finding]:

@@ -29,6 +29,7 @@ REASONS: dict[str, Reason] = {
         "error", "a needed column is missing", "set data.prompt_key / data.response_key to the column's name"
     ),
     "column_type": Reason("error", "a column has a type that holds no text", "store messages or text in it"),
+    "files_chosen": Reason("note", "a folder's files were chosen among", "name the files to take others"),
     "read_as": Reason("note", "columns or kind of file were guessed", "set data.prompt_key / data.response_key"),
     "schema_differs": Reason("warn", "files store the same column in different types", "write all files alike"),
     "page_corrupt": Reason("error", "a part of the file cannot be decoded", "write or copy the file again"),
@@ -158,7 +159,7 @@ class Finding:
 
     def where(self) -> str:
         place = self.file if self.row is None else f"{self.file} row {self.row}"
-        return printable(f"{place} {self.field}".rstrip())
+        return printable(f"{place} {self.field}".strip())
 
 
 def printable(text: str) -> str:

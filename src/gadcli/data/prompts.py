@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gadcli.data.check import scan_rows
-from gadcli.data.files import expand, inspect
+from gadcli.data.choose import expand
+from gadcli.data.files import inspect
 from gadcli.data.findings import Finding, Summary
 from gadcli.data.rows import Message
 from gadcli.errors import DataError
@@ -28,7 +29,7 @@ def read_prompts(patterns: list[str], key: str) -> Iterator[Prompt | Finding]:
 
     A column of plain text gives one user message for each row. Raises DataError for a file that cannot be read at all.
     """
-    for path in expand(patterns):
+    for path in expand(patterns, split=""):  # a teacher may answer every split
         info = inspect(path, key, None)
         if isinstance(info, list):
             raise DataError(f"{path}: {info[0].message}", "--prompt-key names the column of prompts")

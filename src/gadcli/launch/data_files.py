@@ -11,11 +11,13 @@ from gadcli.errors import DataError
 
 @dataclass(frozen=True)
 class DataLook:
-    """The files a run reads, and the rows to train on, before any is dropped; None while no file is named."""
+    """The files a run reads, and what was chosen or guessed among them; the rows to train on, before any is dropped,
+    or None while no file is named."""
 
     train_files: list[Path]
     val_files: list[Path]
     train_rows: int | None
+    notes: list[str]
 
 
 def look_at(data: DataConfig) -> DataLook:
@@ -24,22 +26,26 @@ def look_at(data: DataConfig) -> DataLook:
     Raises DataError (3) for what is missing, unreadable or without the columns.
     """
     if not data.train_files:
-        return DataLook([], [], None)
-    from gadcli.data.files import expand
+        return DataLook([], [], None, [])
+    from gadcli.data.choose import Choice, choose_files
 
-    train, val = expand(data.train_files), expand(data.val_files) if data.val_files else []
-    counts = {path: count_rows(path, data) for path in dict.fromkeys([*train, *val])}
+    chosen = choose_files(data.train_files)
+    held_out = choose_files(data.val_files, "val") if data.val_files else Choice()
+    train, val = chosen.files, held_out.files
+    notes = [f"{place}: {note}" for place, note in chosen.notes + held_out.notes]
+    notes += [f"{path} is in data.train_files and data.val_files" for path in sorted({*train} & {*val})]
+    counts = {path: count_rows(path, data, notes) for path in dict.fromkeys([*train, *val])}
     rows = sum(counts[path] for path in train)
     if not val:
         rows -= min(data.val_rows, rows)  # held out of the training files
-    return DataLook([Path(path) for path in train], [Path(path) for path in val], rows)
+    return DataLook([Path(path) for path in train], [Path(path) for path in val], rows, notes)
 
 
-def count_rows(path: str, data: DataConfig) -> int:
-    """Rows of one file; DataError names what makes it unusable."""
+def count_rows(path: str, data: DataConfig, notes: list[str]) -> int:
+    """Rows of one file, whose guessed format goes to `notes`; DataError names what makes it unusable."""
     from gadcli.data.files import inspect
     from gadcli.data.findings import Summary
-    from gadcli.data.records import read_records
+    from gadcli.data.records import UNREADABLE, read_records
 
     info = inspect(path, data.prompt_key, data.response_key)
     if isinstance(info, list):
@@ -49,4 +55,9 @@ def count_rows(path: str, data: DataConfig) -> int:
             "\n".join(finding.where() + " " + finding.message for finding in info[:2]),
             next(iter(summary.hints()), None),
         )
-    return info.rows if info.rows is not None else sum(1 for _ in read_records(path, info.kind))
+    if info.format.note:
+        notes.append(f"{path}: {info.format.note}")
+    try:
+        return info.rows if info.rows is not None else sum(1 for _ in read_records(path, info.kind))
+    except UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read to its end: {error}", "write or copy the file again") from None

@@ -118,6 +118,7 @@ def prepare(request: StageRequest) -> Prepared:
     warnings = check(config, world, resolved.origins)
     run_dir = folders.run_dir_of(config)
     data = look_at(config.data)
+    warnings += data.notes
     if config.stage != "seqkd":
         warnings += reward_notes(reward_specs(config.rewards), config.data)
     lineage = make_lineage(config, [*data.train_files, *data.val_files])
