@@ -154,7 +154,7 @@ def write_texts(file: Path, model: Path, out: Path) -> None:
     """The very strings that are tokenised, for the bare tokenizer."""
     from gadcli.chat.tokenize import ChatTokenizer
     from gadcli.data.check import open_files, scan_rows
-    from gadcli.data.findings import Summary
+    from gadcli.data.read.findings import Summary
 
     tokenizer, keys, summary = ChatTokenizer.from_folder(model), ("content", "teacher_response"), Summary()
     texts: list[str] = []

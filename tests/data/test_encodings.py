@@ -113,7 +113,7 @@ def test_pandas_and_polars_and_jsonl_agree_with_transformers(tmp_path: Path, tok
 
 
 def test_a_folder_and_a_glob_and_files_name_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
-    from gadcli.data.choose import expand
+    from gadcli.data.read.choose import expand
 
     (tmp_path / "d" / "sub").mkdir(parents=True)
     for name in ("b.parquet", "a.parquet", "sub/c.jsonl", "_hidden.parquet", "notes.txt"):

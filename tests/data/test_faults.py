@@ -284,7 +284,7 @@ def test_21_a_corrupt_page_costs_its_row_group_and_no_other(write: Write, tmp_pa
 
 def test_21_a_value_that_points_outside_its_dictionary_is_a_corrupt_page() -> None:
     """As flipped bytes leave dictionary columns; Arrow hands them over, and decoding them failed as a bug of ours."""
-    from gadcli.data.reading import without_dictionaries
+    from gadcli.data.read.chunks import without_dictionaries
 
     def array(*at: int | None) -> pa.Array:
         return pa.DictionaryArray.from_arrays(pa.array(at, pa.int32()), pa.array(["user", "q"]), safe=False)
@@ -330,8 +330,8 @@ def test_22_a_decompression_bomb_ends_in_exit_6_and_bounded_memory(tmp_path: Pat
 
 
 def chunks_of(path: str) -> Iterator[Any]:
-    from gadcli.data.files import FileInfo, inspect
-    from gadcli.data.reading import read_chunks
+    from gadcli.data.read.chunks import read_chunks
+    from gadcli.data.read.files import FileInfo, inspect
 
     info = inspect(path, "content", "teacher_response")
     assert isinstance(info, FileInfo)
@@ -340,7 +340,7 @@ def chunks_of(path: str) -> Iterator[Any]:
 
 def test_22_repeats_of_a_huge_dictionary_entry_stream_in_small_chunks(tmp_path: Path) -> None:
     """Ordinary data: long documents, each in many rows. The footer knows 400 kB of it, unfolded it is 400 MB."""
-    from gadcli.data.reading import CHUNK_BYTES
+    from gadcli.data.read.chunks import CHUNK_BYTES
 
     path = tmp_path / "repeats.parquet"
     table = pa.table({"content": [user("q")] * 1000, "teacher_response": pa.array(["x" * 400_000] * 1000)})
@@ -373,7 +373,7 @@ def test_23_rows_longer_than_their_footer_says_are_decoded_fewer_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8,000 short rows, then 1,000 that repeat one text of 100 kB: none is lost or doubled by the second attempt."""
-    from gadcli.data import reading
+    from gadcli.data.read import chunks as reading
 
     path = tmp_path / "a.parquet"
     answers = [f"a{i}" for i in range(8000)] + ["x" * 100_000] * 1000

@@ -13,7 +13,7 @@ import pytest
 
 from data_rows import good_rows
 from gadcli.cli.app import run
-from gadcli.data.choose import choose_files, expand
+from gadcli.data.read.choose import choose_files, expand
 from gadcli.errors import DataError
 
 

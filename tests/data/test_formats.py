@@ -18,8 +18,8 @@ import pytest
 
 from data_rows import user
 from gadcli.data.check import account, open_files, scan_rows
-from gadcli.data.findings import Summary
-from gadcli.data.rows import Row
+from gadcli.data.read.findings import Summary
+from gadcli.data.read.rows import Row
 
 ROWS = [(user(f"question {i} é\u2028"), f"answer {i}") for i in range(5)]
 RECORDS = [{"content": c, "teacher_response": t} for c, t in ROWS]
@@ -89,7 +89,7 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
 
 
 def test_a_list_is_read_item_by_item_however_the_pieces_fall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gadcli.data import records
+    from gadcli.data.read import records
 
     monkeypatch.setattr(records, "READ_BYTES", 7)
     KINDS["pretty.json"](tmp_path / "a.json")

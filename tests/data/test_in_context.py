@@ -26,7 +26,7 @@ from data.chat_families import (
 from data_rows import user
 from gadcli.chat.tokenize import ChatTokenizer
 from gadcli.data.check import open_files, scan_rows
-from gadcli.data.findings import Finding, Summary
+from gadcli.data.read.findings import Finding, Summary
 from gadcli.data.template_check import template_findings
 from gadcli.data.tokens import Style, TokenBatch, tokenise
 from gadcli.errors import ConfigError

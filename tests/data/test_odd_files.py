@@ -18,7 +18,7 @@ from data_rows import good_rows, user
 from gadcli.cli.app import run
 from gadcli.config.schema import DataConfig
 from gadcli.data.batches import open_dataset
-from gadcli.data.choose import expand
+from gadcli.data.read.choose import expand
 
 Write = Callable[..., str]
 

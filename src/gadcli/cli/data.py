@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gadcli.chat.tokenize import ChatTokenizer
     from gadcli.config.schema import GadConfig
     from gadcli.data.audit import CheckSpec
-    from gadcli.data.findings import Summary
+    from gadcli.data.read.findings import Summary
     from gadcli.data.tokens import Limits
 
 app = typer.Typer(help="Analyse, check and collect training data.")
@@ -115,8 +115,7 @@ def analyze_tokens(
         wanted = {"prompt": suggestion.max_prompt_length, "teacher": suggestion.max_response_length}
         print("\n".join(analysis_lines(found, current, wanted)))
         print("\nsuggestion")
-        print(f"  data.max_prompt_length={suggestion.max_prompt_length} data.max_response_length="
-              f"{suggestion.max_response_length} rollout.max_model_len={suggestion.max_model_len}")  # fmt: skip
+        print("  " + " ".join(f"{key}={value}" for key, value in suggestion.limits().items()))
         print("\n".join(f"  {reason}" for reason in suggestion.reasons))
         print(f"\nat batch {cost['batch_size']}: {cost['steps_per_epoch']:,} steps an epoch, "
               f"{cost['rows_left_over']} rows left over, {cost['tokens_per_step']:,} tokens a step")  # fmt: skip
@@ -125,9 +124,9 @@ def analyze_tokens(
         if preset:
             print(f"\npreset {preset}, stage {stage}\n" + "\n".join(f"  {line}" for line in verdicts))
     if write:
-        from gadcli.data.preset_file import write_limits
+        from gadcli.config.write_preset import write_limits
 
-        note(f"wrote the limits to {write_limits(write, suggestion, base=preset)}", quiet)
+        note(f"wrote the limits to {write_limits(write, suggestion.limits(), base=preset)}", quiet)
 
 
 @app.command("check")

@@ -207,7 +207,7 @@ def head(
 ) -> None:
     """The first rows as training would read them, in whatever encoding they are stored."""
     from gadcli.data.check import open_files, scan_rows
-    from gadcli.data.findings import Summary
+    from gadcli.data.read.findings import Summary
     from gadcli.errors import DataError
 
     keys, summary, shown = (prompt_key, response_key), Summary(), 0

@@ -65,7 +65,7 @@ def main(
     quiet: QuietOption = False,
 ) -> None:
     """Score a model on held-out rows: ROUGE-L, lengths, a fresh discriminator, and a judge where one is given."""
-    from gadcli.data.choose import choose_files
+    from gadcli.data.read.choose import choose_files
     from gadcli.evaluate.answers import AnswerRequest
 
     temperatures = tuple(dict.fromkeys(temperature or [0.0]))

@@ -18,10 +18,10 @@ import numpy as np
 from gadcli.chat.tokenize import ChatTokenizer
 from gadcli.data.check import Progress, account, failure, open_files, scan_rows
 from gadcli.data.duplicates import DuplicateCounter, hashes
-from gadcli.data.files import FileInfo
-from gadcli.data.findings import Finding, Summary
-from gadcli.data.reading import CHUNK_ROWS
-from gadcli.data.rows import Row, RowBatch
+from gadcli.data.read.chunks import CHUNK_ROWS
+from gadcli.data.read.files import FileInfo
+from gadcli.data.read.findings import Finding, Summary
+from gadcli.data.read.rows import Row, RowBatch
 from gadcli.data.template_check import template_findings
 from gadcli.data.tokens import TOKENISED_ROWS, Answer, Limits, Style, limit, tokenise
 from gadcli.data.writing import CleanWriter

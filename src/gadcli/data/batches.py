@@ -17,10 +17,10 @@ from gadcli.config.machine import cache_folder
 from gadcli.config.schema import DataConfig
 from gadcli.data.cache import ENTRY, cached
 from gadcli.data.check import Progress
-from gadcli.data.choose import expand
 from gadcli.data.duplicates import smallest
 from gadcli.data.order import BatchOrder, Permutation
-from gadcli.data.rows import Message
+from gadcli.data.read.choose import expand
+from gadcli.data.read.rows import Message
 from gadcli.data.tokens import Limits, Spans, Style
 from gadcli.errors import ConfigError, DataError
 

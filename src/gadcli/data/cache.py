@@ -25,8 +25,8 @@ from gadcli.chat.tokenize import ChatTokenizer
 from gadcli.config.schema import DataConfig
 from gadcli.data.check import Progress, account, failure, open_files, scan_rows
 from gadcli.data.duplicates import DuplicateCounter, content_hash
-from gadcli.data.files import FileInfo
-from gadcli.data.findings import Finding, Summary
+from gadcli.data.read.files import FileInfo
+from gadcli.data.read.findings import Finding, Summary
 from gadcli.data.template_check import template_findings
 from gadcli.data.tokens import TOKENISED_ROWS, Limits, Style, TokenBatch, cut_ids, limit, tokenise
 from gadcli.errors import DataError, ResourceError

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from gadcli.data.choose import choose_files
-from gadcli.data.files import FileInfo, inspect
-from gadcli.data.findings import Finding, Summary
-from gadcli.data.reading import CHUNK_ROWS, read_chunks
-from gadcli.data.rows import RowBatch, normalise, prompts_are_plain
+from gadcli.data.read.choose import choose_files
+from gadcli.data.read.chunks import CHUNK_ROWS, read_chunks
+from gadcli.data.read.files import FileInfo, inspect
+from gadcli.data.read.findings import Finding, Summary
+from gadcli.data.read.rows import RowBatch, normalise, prompts_are_plain
 from gadcli.errors import DataError
 
 Progress = Callable[[int, int | None], None]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gadcli.chat.tokenize import ChatTokenizer
 from gadcli.data.check import Progress, account, open_files, scan_rows
-from gadcli.data.findings import Summary
+from gadcli.data.read.findings import Summary
 from gadcli.data.template_check import template_findings
 from gadcli.data.tokens import TOKENISED_ROWS, tokenise
 
@@ -148,6 +148,14 @@ class Suggestion:
     max_model_len: int
     rows_cut: dict[str, int]
     reasons: list[str]
+
+    def limits(self) -> dict[str, int]:
+        """As config keys."""
+        return {
+            "data.max_prompt_length": self.max_prompt_length,
+            "data.max_response_length": self.max_response_length,
+            "rollout.max_model_len": self.max_model_len,
+        }
 
 
 def round_up(length: int) -> int:

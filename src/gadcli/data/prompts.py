@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gadcli.data.check import scan_rows
-from gadcli.data.choose import expand
-from gadcli.data.files import inspect
-from gadcli.data.findings import Finding, Summary
-from gadcli.data.rows import Message
+from gadcli.data.read.choose import expand
+from gadcli.data.read.files import inspect
+from gadcli.data.read.findings import Finding, Summary
+from gadcli.data.read.rows import Message
 from gadcli.errors import DataError
 
 

@@ -7,8 +7,8 @@ import sys
 import time
 from typing import TextIO
 
-from gadcli.data.findings import REASONS, Summary
 from gadcli.data.lengths import FIELDS, PERCENTILES, Analysis, Lengths, limit_table
+from gadcli.data.read.findings import REASONS, Summary
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 

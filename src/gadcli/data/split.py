@@ -9,7 +9,7 @@ import numpy as np
 
 from gadcli.data.check import Progress, account, failure, open_files, scan_rows
 from gadcli.data.duplicates import hashes
-from gadcli.data.findings import Summary
+from gadcli.data.read.findings import Summary
 from gadcli.data.writing import RowWriter
 from gadcli.errors import DataError
 

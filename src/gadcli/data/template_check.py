@@ -5,7 +5,7 @@ from __future__ import annotations
 from gadcli.chat.in_context import CLOSE, OPEN
 from gadcli.chat.template import TemplateRefusal
 from gadcli.chat.tokenize import ChatTokenizer
-from gadcli.data.findings import Finding
+from gadcli.data.read.findings import Finding
 from gadcli.errors import ConfigError
 
 QUESTION = {"role": "user", "content": "\x02question\x03"}

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from gadcli.chat.in_context import AnswerFault, Example, example, without_ends
 from gadcli.chat.template import TemplateRefusal
 from gadcli.chat.tokenize import ChatTokenizer
-from gadcli.data.findings import excerpt, printable
-from gadcli.data.rows import Row, RowBatch
+from gadcli.data.read.findings import excerpt, printable
+from gadcli.data.read.rows import Row, RowBatch
 
 Ints = npt.NDArray[np.int64]
 Spans = tuple[tuple[int, int], ...]

@@ -11,9 +11,9 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gadcli.data.files import FileInfo
-from gadcli.data.formats import Fault
-from gadcli.data.rows import Message, Row, RowBatch
+from gadcli.data.read.files import FileInfo
+from gadcli.data.read.formats import Fault
+from gadcli.data.read.rows import Message, Row, RowBatch
 from gadcli.errors import ConfigError, ResourceError
 
 TURN = [("role", pa.string()), ("content", pa.large_string())]

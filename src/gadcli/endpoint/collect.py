@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gadcli.data.findings import Finding
 from gadcli.data.prompts import Prompt, read_prompts
+from gadcli.data.read.findings import Finding
 from gadcli.data.writing import MESSAGES
 from gadcli.endpoint.ask import Price, Tally, ask_all
 from gadcli.endpoint.client import ChatEndpoint

@@ -27,7 +27,7 @@ def look_at(data: DataConfig) -> DataLook:
     """
     if not data.train_files:
         return DataLook([], [], None, [])
-    from gadcli.data.choose import Choice, choose_files
+    from gadcli.data.read.choose import Choice, choose_files
 
     chosen = choose_files(data.train_files)
     held_out = choose_files(data.val_files, "val") if data.val_files else Choice()
@@ -43,9 +43,9 @@ def look_at(data: DataConfig) -> DataLook:
 
 def count_rows(path: str, data: DataConfig, notes: list[str]) -> int:
     """Rows of one file, whose guessed format goes to `notes`; DataError names what makes it unusable."""
-    from gadcli.data.files import inspect
-    from gadcli.data.findings import Summary
-    from gadcli.data.records import UNREADABLE, read_records
+    from gadcli.data.read.files import inspect
+    from gadcli.data.read.findings import Summary
+    from gadcli.data.read.records import UNREADABLE, read_records
 
     info = inspect(path, data.prompt_key, data.response_key)
     if isinstance(info, list):

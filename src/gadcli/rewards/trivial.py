@@ -17,7 +17,7 @@ from typing import Any
 from gadcli.config.rewards import RewardConfig
 from gadcli.config.schema import DataConfig
 from gadcli.data.check import open_files, scan_rows
-from gadcli.data.findings import Summary
+from gadcli.data.read.findings import Summary
 from gadcli.rewards.answer import AnswerText
 from gadcli.rewards.build import RewardSet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -10,12 +11,12 @@ import yaml
 from gadcli.config.presets import preset_names
 from gadcli.config.resolve import resolve
 from gadcli.config.schema import STAGES
-from gadcli.data.lengths import Suggestion
 from gadcli.errors import ConfigError
 
 
-def write_limits(name: str, suggestion: Suggestion, base: str | None = None) -> Path:
-    """Set the three limits in the preset file `name` (`.yaml` is added), which is made if it is not there.
+def write_limits(name: str, limits: Mapping[str, int], base: str | None = None) -> Path:
+    """Set limits (`data.max_prompt_length` …) in the preset file `name` (`.yaml` is added), which is made if it is not
+    there.
 
     A new file extends `base`. The result is resolved for every stage before it takes the old one's place; raises
     ConfigError, with the old file untouched, if it does not resolve or if `name` is a shipped preset.
@@ -25,15 +26,11 @@ def write_limits(name: str, suggestion: Suggestion, base: str | None = None) -> 
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = path.with_name(path.name + ".yaml")
-    values = {
-        ("data", "max_prompt_length"): suggestion.max_prompt_length,
-        ("data", "max_response_length"): suggestion.max_response_length,
-        ("rollout", "max_model_len"): suggestion.max_model_len,
-    }
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else _new_text(base)
-        for (section, key), value in values.items():
-            text = _set(text, section, key, value, str(path))
+        for key, value in limits.items():
+            section, _, name_in_section = key.partition(".")
+            text = _set(text, section, name_in_section, value, str(path))
         fresh = path.with_name(f".{path.stem}.{os.getpid()}.yaml")
         fresh.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -58,7 +55,7 @@ def _set(text: str, section: str, key: str, value: int, name: str) -> str:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}", "mend the file first") from None
+        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}", "fix the file first") from None
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{name}: not a preset file", "name a preset, or a file that does not exist yet")
     spans = []

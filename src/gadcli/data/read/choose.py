@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from gadcli.data.findings import printable
-from gadcli.data.records import UNREADABLE, kind_of, read_records
+from gadcli.data.read.findings import printable
+from gadcli.data.read.records import UNREADABLE, kind_of, read_records
 from gadcli.errors import DataError
 
 # Endings of data, the preferred one first where a folder holds the same name in several.

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from gadcli.data.formats import Fault, Record, parse_json
+from gadcli.data.read.formats import Fault, Record, parse_json
 
 MAX_LINE_BYTES = 16 << 20  # parsed, 3 bytes of `[],` are 64 in memory
 READ_BYTES = 1 << 20

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from gadcli.data.findings import Finding, excerpt
-from gadcli.data.formats import Fault, Format, is_plain_text, parse_json
+from gadcli.data.read.findings import Finding, excerpt
+from gadcli.data.read.formats import Fault, Format, is_plain_text, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]  # role and content are text; tool_calls, tool_call_id, name … where a row has them

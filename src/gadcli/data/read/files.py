@@ -12,9 +12,9 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gadcli.data.findings import Finding, printable
-from gadcli.data.formats import Fault, Format, choose_format
-from gadcli.data.records import UNREADABLE, arrow_batches, kind_of, read_records
+from gadcli.data.read.findings import Finding, printable
+from gadcli.data.read.formats import Fault, Format, choose_format
+from gadcli.data.read.records import UNREADABLE, arrow_batches, kind_of, read_records
 from gadcli.errors import ResourceError
 
 PROBE_ROWS = 64

@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gadcli.data.files import FileInfo
-from gadcli.data.findings import Finding
-from gadcli.data.formats import Fault, Record
-from gadcli.data.records import UNREADABLE, arrow_batches, read_records
-from gadcli.data.rows import Chunk
+from gadcli.data.read.files import FileInfo
+from gadcli.data.read.findings import Finding
+from gadcli.data.read.formats import Fault, Record
+from gadcli.data.read.records import UNREADABLE, arrow_batches, read_records
+from gadcli.data.read.rows import Chunk
 from gadcli.errors import ResourceError
 
 CHUNK_ROWS = 8192
