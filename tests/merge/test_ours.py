@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint.saving import snapshot
+from gadcli.checkpoint.manifest import human_bytes
 from gadcli.checkpoint.merge.pick import models_in
 from gadcli.checkpoint.merge.to_huggingface import MergeOptions, merge_models, to_huggingface
-from gadcli.cli.merge import ProgressLine
+from gadcli.dashboard.progress import Progress
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
 from merge.conftest import GAD_CASES
 from merge.models import ALPHA, RANK
@@ -280,13 +281,12 @@ def test_progress_tells_bytes_and_time_left(terminal: bool) -> None:
             return terminal
 
     stream = Stream()
-    line = ProgressLine(stream, enabled=True, log_seconds=0.05)
-    for done in (10, 20, 30):
-        time.sleep(0.03)
-        line("write", done * 10**6, 40 * 10**6)
-    line.close()
+    with Progress("merge", amount=lambda size: human_bytes(int(size)), log_s=0.05, stream=stream) as progress:
+        for done in (10, 20, 30):
+            time.sleep(0.03)
+            progress(done * 10**6, 40 * 10**6, "write")
     said = stream.getvalue()
-    assert re.search(r"write  \d\d %  \d+\.0 MB of 40\.0 MB  [\d.]+ [kMGT]?B/s  \d+ s left", said), said
+    assert re.search(r"write: \d+\.0 MB of 40\.0 MB  \d\d %  [\d.]+ [kMGT]?B/s  [\d.]+ s left", said), said
     assert ("\r" in said) == terminal and said.count("\n") == (0 if terminal else 1)
 
 

@@ -85,14 +85,14 @@ def analyze_tokens(
     """Token lengths of prompts and answers, limits that suit them, and what each limit would cut."""
     from dataclasses import asdict
 
+    from gadcli.dashboard.progress import Progress
     from gadcli.data.lengths import analyse, fit, steps, suggest
-    from gadcli.data.report import ProgressBar, analysis_lines
+    from gadcli.data.report import analysis_lines
     from gadcli.errors import DataError
 
     cfg = preset_config(preset, stage)
-    bar = ProgressBar("analyse", quiet)
-    found = analyse(files, pick_keys(cfg, prompt_key, response_key), open_tokenizer(tokenizer), bar)
-    bar.close()
+    with Progress("analyse", quiet) as bar:
+        found = analyse(files, pick_keys(cfg, prompt_key, response_key), open_tokenizer(tokenizer), bar)
     summary, fields = found.summary, found.fields
     for line in summary.lines():
         note(line, quiet)
@@ -207,14 +207,14 @@ def run_check(files: list[str], spec: CheckSpec, findings: Path | None, as_json:
     """The pass, with its progress bar, findings file and summary."""
     from contextlib import ExitStack
 
+    from gadcli.dashboard.progress import Progress
     from gadcli.data.audit import audit, summary_json
-    from gadcli.data.report import ProgressBar, check_lines
+    from gadcli.data.report import check_lines
 
-    bar = ProgressBar("check", quiet)
     with ExitStack() as stack:
         sink = stack.enter_context(open_findings(findings)) if findings else None
+        bar = stack.enter_context(Progress("check", quiet))
         summary = audit(files, spec, sink, bar)
-        bar.close()
     if as_json:
         print_json(summary_json(summary))
     elif not quiet:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +74,7 @@ def collect(
     quiet: QuietOption = False,
 ) -> None:
     """Collect teacher answers from an OpenAI-compatible API. Rerun to resume; no answer is paid for twice."""
+    from gadcli.dashboard.progress import Progress
     from gadcli.endpoint.ask import Price
     from gadcli.endpoint.client import ChatEndpoint
     from gadcli.endpoint.collect import CollectSpec
@@ -99,7 +99,8 @@ def collect(
         exclude=left_out, price=Price(price_in, price_out, budget),
     )  # fmt: skip
     try:
-        tally = run_collect(spec, Progress(spec, quiet))
+        with Progress("collect", quiet) as bar:
+            tally = run_collect(spec, lambda tally: bar(tally.done, tally.total, text=tally.line(spec.price)))
     except KeyboardInterrupt:
         print(f"\n{spec.journal} keeps the answers so far; the same command goes on from there", file=sys.stderr)
         raise
@@ -152,21 +153,6 @@ def _print_result(tally: Tally, spec: CollectSpec, exclude: str) -> None:
         print(f"{tally.repeated:,} repeated prompts asked once, {tally.bad_prompts:,} rows without a usable prompt")
 
 
-class Progress:
-    """The running tally on stderr: one live line in a terminal, else a line every ten seconds."""
-
-    def __init__(self, spec: CollectSpec, quiet: bool) -> None:
-        self.spec, self.quiet, self.live, self.last = spec, quiet, sys.stderr.isatty(), time.monotonic()
-
-    def __call__(self, tally: Tally) -> None:
-        now, over = time.monotonic(), tally.done >= tally.total
-        if self.quiet or (now - self.last < (0.2 if self.live else 10.0) and not (self.live and over)):
-            return
-        self.last = now
-        start, end = ("\r\x1b[K", "\n" if over else "") if self.live else ("", "\n")
-        print(start + tally.line(self.spec.price), end=end, file=sys.stderr, flush=True)
-
-
 def split(
     files: FilesArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for train.parquet, val.parquet …")],
@@ -180,16 +166,15 @@ def split(
     quiet: QuietOption = False,
 ) -> None:
     """Split by content hash: equal prompts never part, and the same rows always fall on the same side."""
-    from gadcli.data.report import ProgressBar
+    from gadcli.dashboard.progress import Progress
     from gadcli.data.split import split as run_split
     from gadcli.errors import ConfigError
 
     shares = {name: share for name, share in (("val", val), ("test", test)) if share > 0}
     if not shares or sum(s for s in shares.values() if s < 1) >= 1:
         raise ConfigError("the held-out parts must leave something to train on", "--val 0.02")
-    bar = ProgressBar("split", quiet)
-    counts, left_out = run_split(files, (prompt_key, response_key), shares, out, bar)
-    bar.close()
+    with Progress("split", quiet) as bar:
+        counts, left_out = run_split(files, (prompt_key, response_key), shares, out, bar)
     if left_out:
         print(f"columns not carried over: {', '.join(left_out)}", file=sys.stderr)
     if as_json:

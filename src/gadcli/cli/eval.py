@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 from gadcli.cli.common import JsonOption, QuietOption
 
 if TYPE_CHECKING:
+    from gadcli.dashboard.progress import Progress
     from gadcli.endpoint.client import ChatEndpoint
     from gadcli.evaluate.answers import AnswerRequest, AnswerSet
     from gadcli.evaluate.report import Report
@@ -65,6 +65,7 @@ def main(
     quiet: QuietOption = False,
 ) -> None:
     """Score a model on held-out rows: ROUGE-L, lengths, a fresh discriminator, and a judge where one is given."""
+    from gadcli.dashboard.progress import Progress
     from gadcli.data.read.choose import choose_files
     from gadcli.evaluate.answers import AnswerRequest
 
@@ -84,7 +85,8 @@ def main(
         response_key=response_key, engine=engine, device=device, seed=seed, discriminator=discriminator,
         discriminator_values=discriminator_values,
     )  # fmt: skip
-    sets = _draw(request, against, _progress("answers", quiet))
+    with Progress("answers", quiet, last=True) as bar:
+        sets = _draw(request, against, bar)
     # On disk before anything else may fail: sampling them is the dear part.
     samples = samples or (judge_cache.with_suffix(".answers.jsonl") if judge else None)
     if samples:
@@ -92,7 +94,8 @@ def main(
     report = _report(request, sets, fresh)
     try:
         if judge:
-            report.judge = _judge(sets, against, judge, judge_cache, _progress("verdicts", quiet))
+            with Progress("verdicts", quiet, last=True) as bar:
+                report.judge = _judge(sets, against, judge, judge_cache, bar)
     finally:  # a judge that fails takes nothing with it
         if html:
             _write_html(report, sets, html)
@@ -123,7 +126,7 @@ def _check(
         raise ConfigError("--judge-endpoint without --judge-model", "name the model that judges")
 
 
-def _draw(request: AnswerRequest, against: str | None, progress: Callable[[int, int], None] | None) -> list[AnswerSet]:
+def _draw(request: AnswerRequest, against: str | None, progress: Progress) -> list[AnswerSet]:
     """The model's answer sets, then the second model's."""
     from dataclasses import replace
 
@@ -145,7 +148,7 @@ def _report(request: AnswerRequest, sets: list[AnswerSet], fresh: bool) -> Repor
 
 def _judge(
     sets: list[AnswerSet], against: str | None, endpoint: ChatEndpoint, cache: Path,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> dict[str, float | str | None]:  # fmt: skip
     """The first temperature's answers against the second model's, or else the teacher's."""
     from gadcli.evaluate.judge import Pair, judge
@@ -188,24 +191,3 @@ def _print(report: Report, as_json: bool) -> None:
         print_json(report.to_json())
     else:
         print("\n".join(render(report)))
-
-
-def _progress(what: str, quiet: bool) -> Callable[[int, int], None] | None:
-    """A counter on stderr: one line that is drawn over in a terminal, a line every tenth elsewhere."""
-    import sys
-
-    if quiet:
-        return None
-    terminal = sys.stderr.isatty()
-    shown = -1
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        tenth = 10 * done // total if total else 0
-        if not total or done == shown or (not terminal and tenth == shown):
-            return
-        shown = done if terminal else tenth
-        end = "\n" if not terminal or done == total else ""
-        print(f"{chr(13) if terminal else ''}{what}: {done} of {total}", end=end, file=sys.stderr, flush=True)
-
-    return show

@@ -25,7 +25,6 @@ _DTYPES = {
 }
 EXIT_TERMINATED = 143
 MOST_LAYERS = 10_000
-LOG_SECONDS = 15.0  # between lines of progress where stderr is a file
 
 
 def main(
@@ -92,14 +91,17 @@ def main(
 
 
 def _merge(source: Path, target: Path, options: MergeOptions, dry_run: bool, quiet: bool) -> list[MergeReport]:
+    from gadcli.checkpoint.manifest import human_bytes
     from gadcli.checkpoint.merge.pick import models_in
     from gadcli.checkpoint.merge.to_huggingface import merge_models
+    from gadcli.dashboard.progress import Progress
 
-    progress = ProgressLine(sys.stderr, enabled=not quiet)
-    try:
+    with Progress("merge", quiet, amount=lambda size: human_bytes(int(size))) as bar:
+
+        def progress(phase: str, done: int, total: int) -> None:
+            bar(done, total, phase)
+
         return merge_models(models_in(source, _say), target, options, dry_run=dry_run, progress=progress)
-    finally:
-        progress.close()
 
 
 def _one(what: str, new: Path | None, old: Path | None) -> Path:
@@ -149,43 +151,6 @@ def _end_cleanly_on_sigterm() -> None:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-class ProgressLine:
-    """Phase, share, bytes, speed, time left: one line on a terminal, redrawn; elsewhere (a job's log) a line now and
-    then, none for a short merge."""
-
-    def __init__(self, stream: Any, *, enabled: bool, log_seconds: float = LOG_SECONDS) -> None:
-        self._stream, self._enabled = stream, enabled
-        self._terminal = stream.isatty()
-        self._every = 0.1 if self._terminal else log_seconds
-        self._phase, self._started, self._drawn = "", 0.0, time.monotonic()
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if not self._enabled:
-            return
-        now = time.monotonic()
-        if phase != self._phase:
-            self._phase, self._started = phase, now
-            self._drawn = 0.0 if self._terminal else self._drawn
-        if now - self._drawn < self._every and (done < total or not self._terminal):
-            return
-        from gadcli.checkpoint.manifest import human_bytes
-
-        self._drawn = now
-        speed = done / max(now - self._started, 1e-3)
-        left = (total - done) / max(speed, 1.0)
-        share = 100 * done // max(total, 1)
-        sizes = f"{human_bytes(done)} of {human_bytes(total)}  {human_bytes(int(speed))}/s"
-        text = f"{phase} {share:3d} %  {sizes}  {left:.0f} s left"
-        self._stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Removes the line."""
-        if self._enabled and self._terminal and self._phase:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
 
 
 def _print(reports: list[MergeReport], seconds: float, dry_run: bool, as_json: bool) -> None:

@@ -1,52 +1,13 @@
-"""What the data commands print: tables and bars as plain lines, readable at 60 columns, and the progress bar."""
+"""What the data commands print: tables and bars as plain lines, readable at 60 columns."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-import time
-from typing import TextIO
 
 from gadcli.data.lengths import FIELDS, PERCENTILES, Analysis, Lengths, limit_table
 from gadcli.data.read.findings import REASONS, Summary
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
-
-
-class ProgressBar:
-    """Rows done, rate and time left on one line of a terminal; silent where stderr is none."""
-
-    def __init__(self, label: str, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self.label, self.stream = label, stream or sys.stderr
-        self.shown = not quiet and self.stream.isatty()
-        self.start = time.monotonic()
-        self.last = 0.0
-
-    def __call__(self, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if not self.shown or now - self.last < 0.1:
-            return
-        self.last = now
-        rate = done / max(now - self.start, 1e-6)
-        text = f"{self.label} {done:,} rows  {rate:,.0f}/s"
-        if total:
-            left = (total - done) / max(rate, 1e-6)
-            filled = int(20 * done / total)
-            text = f"{self.label} [{'#' * filled}{'.' * (20 - filled)}] {done:,}/{total:,}  {rate:,.0f}/s"
-            text += f"  {clock(left)} left"
-        self.stream.write("\r" + text[: max(shutil.get_terminal_size().columns - 1, 20)] + "\x1b[K")
-        self.stream.flush()
-
-    def close(self) -> None:
-        if self.shown and self.last:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def check_lines(summary: Summary) -> list[str]:
