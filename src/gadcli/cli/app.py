@@ -46,20 +46,22 @@ class Entry:
 
 
 COMMANDS: dict[str, Entry] = {
-    "demo": Entry("Start here", "demo:main", "All three stages on the embedded default, and what they changed."),
-    "doctor": Entry("Start here", "doctor:main", "What this machine has: devices, engines, versions, disk."),
-    "data": Entry("Prepare", "data:app", "Analyse, check and collect training data."),
-    "cut": Entry("Prepare", "merge:cut", "A smaller student: some layers of a model, as a model folder."),
-    "preset": Entry("Prepare", "preset:app", "List, show and compare presets."),
+    "demo": Entry(
+        "Start here", "demo:main", "Train all three stages on the embedded default; print a before/after table."
+    ),
+    "doctor": Entry("Start here", "doctor:main", "Check devices, engines, package versions, memory and disk."),
+    "data": Entry("Prepare", "data:app", "Analyse, validate, collect and split training data."),
+    "cut": Entry("Prepare", "merge:cut", "Make a smaller student from some layers of a model."),
+    "preset": Entry("Prepare", "preset:app", "List, show and diff presets."),
     "train": Entry("Train", "train:app", "Run one stage: seqkd, warmup or gad."),
-    "run": Entry("Train", "train:run", "Run the stages in a row, each fed by the one before."),
-    "monitor": Entry("Watch", "monitor:monitor", "The dashboard of a live or finished run."),
-    "why": Entry("Watch", "monitor:why", "What is unhealthy, the evidence, and the override that cures it."),
-    "samples": Entry("Watch", "monitor:samples", "Stored samples: prompt, student, teacher, scores."),
-    "compare": Entry("Watch", "monitor:compare", "Runs side by side."),
-    "merge": Entry("Use", "merge:main", "Checkpoint shards to Hugging Face safetensors, verified."),
-    "eval": Entry("Use", "eval:main", "Score a model on held-out rows: ROUGE-L, lengths, discriminator."),
-    "losslab": Entry("Use", "losslab:app", "Every discriminator loss: value, gradient, where it rests."),
+    "run": Entry("Train", "train:run", "Run all stages in order; each starts from the previous one's result."),
+    "monitor": Entry("Watch", "monitor:monitor", "Live dashboard of a running or finished run."),
+    "why": Entry("Watch", "monitor:why", "Diagnose a run: symptoms, evidence, cause, and the override that fixes it."),
+    "samples": Entry("Watch", "monitor:samples", "Show stored samples with their discriminator scores."),
+    "compare": Entry("Watch", "monitor:compare", "Compare the settings and metrics of runs."),
+    "merge": Entry("Use", "merge:main", "Convert checkpoint shards to Hugging Face safetensors, and verify them."),
+    "eval": Entry("Use", "eval:main", "Evaluate a model on held-out rows."),
+    "losslab": Entry("Use", "losslab:app", "Compare the discriminator losses on stored or synthetic scores."),
 }
 
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", "-p", metavar="NAME", help="A shipped preset, or a YAML file like one.")
+    str | None, typer.Option("--preset", "-p", metavar="NAME", help="Preset name, or a YAML file in the same format.")
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML with keys that go over the preset's.")
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file whose keys override the preset's.")
 ]
 ModelOption = Annotated[
     str | None,
@@ -20,19 +20,22 @@ ModelOption = Annotated[
 ]
 RewardModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--reward-model", metavar="R", help="Discriminator to start from: as --model, or global_step_N/critic."
-    ),
+    typer.Option("--reward-model", metavar="R", help="Initial discriminator: as --model, or global_step_N/critic."),
 ]
-ExpNameOption = Annotated[str | None, typer.Option("--exp-name", metavar="E", help="Name of the run's folder.")]
-OutputDirOption = Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Where runs are kept.")]
-NprocOption = Annotated[int | None, typer.Option("--nproc", metavar="N", help="Processes on this machine.")]
-NnodesOption = Annotated[int | None, typer.Option("--nnodes", metavar="N", help="Machines.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded or written.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last committed checkpoint.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Go on although the folder or its settings differ.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+ExpNameOption = Annotated[
+    str | None,
+    typer.Option("--exp-name", metavar="E", help="Experiment name: the run's folder in the output directory."),
+]
+OutputDirOption = Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Directory for run folders.")]
+NprocOption = Annotated[int | None, typer.Option("--nproc", metavar="N", help="Number of processes on this machine.")]
+NnodesOption = Annotated[int | None, typer.Option("--nnodes", metavar="N", help="Number of machines.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit; nothing is loaded or written.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from the last committed checkpoint.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Move an existing run aside, or resume with changed settings.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides by dotted key: actor.optim.lr=3e-6.", show_default=False),

@@ -18,23 +18,26 @@ if TYPE_CHECKING:
     from gadcli.data.read.findings import Summary
     from gadcli.data.tokens import Limits
 
-app = typer.Typer(help="Analyse, check and collect training data.")
+app = typer.Typer(help="Analyse, validate, collect and split training data.")
 
 FilesArgument = Annotated[
-    list[str], typer.Argument(metavar="FILES...", help="Parquet or jsonl: files, folders, globs.")
+    list[str], typer.Argument(metavar="FILES...", help="Parquet or JSONL files, folders or globs.")
 ]
 TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer and template to use.")
+    str | None,
+    typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer and chat template are used."),
 ]
-PromptKeyOption = Annotated[str | None, typer.Option("--prompt-key", metavar="C", help="Column of messages [content].")]
+PromptKeyOption = Annotated[
+    str | None, typer.Option("--prompt-key", metavar="C", help="Column of the messages [content].")
+]
 ResponseKeyOption = Annotated[
-    str | None, typer.Option("--response-key", metavar="C", help="Column of answers [teacher_response].")
+    str | None, typer.Option("--response-key", metavar="C", help="Column of the teacher's answers [teacher_response].")
 ]
 DataPresetOption = Annotated[
-    str | None, typer.Option("--preset", "-p", metavar="NAME", help="Take limits and columns from a preset.")
+    str | None, typer.Option("--preset", "-p", metavar="NAME", help="Preset to take limits and column names from.")
 ]
-StageOption = Annotated[str, typer.Option("--stage", metavar="S", help="Which of the preset's stages.")]
-OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write.")]
+StageOption = Annotated[str, typer.Option("--stage", metavar="S", help="Stage of the preset.")]
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Output file.")]
 
 
 def note(text: str, quiet: bool = False) -> None:
@@ -70,19 +73,23 @@ def pick_keys(cfg: GadConfig, prompt_key: str | None, response_key: str | None) 
 @app.command("analyze-tokens")
 def analyze_tokens(
     files: FilesArgument,
-    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer counts.")],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer is used to count tokens.")
+    ],
     preset: DataPresetOption = None,
     stage: StageOption = "gad",
     write: Annotated[
-        str | None, typer.Option("--write", metavar="PRESET", help="Save the limits in a preset file.")
+        str | None, typer.Option("--write", metavar="PRESET", help="Write the suggested limits to a preset file.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="For the steps of an epoch.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", min=1, help="Batch size used to compute steps per epoch.")
+    ] = None,
     prompt_key: PromptKeyOption = None,
     response_key: ResponseKeyOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Token lengths of prompts and answers, limits that suit them, and what each limit would cut."""
+    """Token lengths of prompts and answers, suggested limits, and what each limit would cut."""
     from dataclasses import asdict
 
     from gadcli.dashboard.progress import Progress
@@ -136,35 +143,41 @@ def check(
     preset: DataPresetOption = None,
     stage: StageOption = "gad",
     max_prompt_length: Annotated[
-        int | None, typer.Option("--max-prompt-length", min=1, help="Tokens of a prompt.")
+        int | None, typer.Option("--max-prompt-length", metavar="N", min=1, help="Maximum tokens per prompt.")
     ] = None,
     max_response_length: Annotated[
-        int | None, typer.Option("--max-response-length", min=1, help="Tokens of an answer, EOS included.")
+        int | None,
+        typer.Option("--max-response-length", metavar="N", min=1, help="Maximum tokens per answer, EOS included."),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", min=2, help="Tokens of both together.")
+        int | None,
+        typer.Option("--max-model-len", metavar="N", min=2, help="Maximum tokens of prompt and answer together."),
     ] = None,
-    truncation: Annotated[str, typer.Option("--truncation", help="error, left, right or drop.")] = "error",
-    on_bad_row: Annotated[str, typer.Option("--on-bad-row", help="error or drop.")] = "error",
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
+    truncation: Annotated[
+        str, typer.Option("--truncation", help="Rows over a limit: error, left, right or drop.")
+    ] = "error",
+    on_bad_row: Annotated[str, typer.Option("--on-bad-row", help="Invalid rows: error or drop.")] = "error",
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     val: Annotated[
-        list[str] | None, typer.Option("--val", metavar="FILE", help="Held-out files: is a prompt in both?")
+        list[str] | None, typer.Option("--val", metavar="FILE", help="Held-out files to check for overlap.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Fail if fewer good rows than this.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Fail if there are fewer valid rows than this.")
+    ] = 1,
     findings: Annotated[
-        Path | None, typer.Option("--findings", metavar="JSONL", help="Write every finding here.")
+        Path | None, typer.Option("--findings", metavar="JSONL", help="Write every finding to this JSONL file.")
     ] = None,
-    fix: Annotated[str | None, typer.Option("--fix", metavar="drop|trim", help="Write a clean copy to -o.")] = None,
+    fix: Annotated[str | None, typer.Option("--fix", metavar="drop|trim", help="Write a cleaned copy to -o.")] = None,
     out: OutOption = None,
     show_mask: Annotated[
-        int, typer.Option("--show-mask", metavar="N", min=0, help="Print N rows as the student sees them.")
+        int, typer.Option("--show-mask", metavar="N", min=0, help="Print N rows with their trained tokens marked.")
     ] = 0,
     prompt_key: PromptKeyOption = None,
     response_key: ResponseKeyOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Every bad row of FILES in one pass, before a model is loaded; exit 3 if there is one."""
+    """Validate every row; exit code 3 if any is invalid."""
     from gadcli.data.audit import CheckSpec, verdict
     from gadcli.errors import ConfigError
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 EXTRA_BODY_EXAMPLE = """--extra-body '{"chat_template_kwargs": {"enable_thinking": false}}'"""
 
 PromptsArgument = Annotated[
-    list[str], typer.Argument(metavar="PROMPTS...", help="Parquet or jsonl with messages or plain text.")
+    list[str], typer.Argument(metavar="PROMPTS...", help="Parquet or JSONL files with messages or plain text.")
 ]
 FilesArgument = Annotated[
-    list[str], typer.Argument(metavar="FILES...", help="Parquet or jsonl: files, folders, globs.")
+    list[str], typer.Argument(metavar="FILES...", help="Parquet or JSONL files, folders or globs.")
 ]
-PromptKeyOption = Annotated[str, typer.Option("--prompt-key", metavar="C", help="Column of messages.")]
-ResponseKeyOption = Annotated[str, typer.Option("--response-key", metavar="C", help="Column of answers.")]
+PromptKeyOption = Annotated[str, typer.Option("--prompt-key", metavar="C", help="Column of the messages.")]
+ResponseKeyOption = Annotated[str, typer.Option("--response-key", metavar="C", help="Column of the teacher's answers.")]
 
 
 def collect(
@@ -40,30 +40,43 @@ def collect(
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="System prompt for prompts without one.")
     ] = "",
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Maximum tokens per answer.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Maximum tokens per answer.")
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0, max=2, help="Sampling temperature.")
+        float | None, typer.Option("--temperature", metavar="X", min=0, max=2, help="Sampling temperature.")
     ] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0, max=1, help="Top-p (nucleus) probability mass.")
     ] = None,
     extra_body: Annotated[
-        str, typer.Option("--extra-body", metavar="JSON", help="Further fields of each request, as a JSON object.")
+        str, typer.Option("--extra-body", metavar="JSON", help="Extra fields for every request, as a JSON object.")
     ] = "",
-    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers per prompt, each a row.")] = 1,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Parallel requests.")] = 16,
-    retries: Annotated[int, typer.Option("--retries", min=0, max=20, help="Retries per request, with backoff.")] = 6,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Timeout per answer, in seconds.")] = 300.0,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Only the first N prompts; 0 takes all.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers per prompt, one row each.")] = 1,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", metavar="N", min=1, max=1024, help="Parallel requests.")
+    ] = 16,
+    retries: Annotated[
+        int, typer.Option("--retries", metavar="N", min=0, max=20, help="Retries per request, with backoff.")
+    ] = 6,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="X", min=1, help="Timeout per answer, in seconds.")
+    ] = 300.0,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=0, help="Only the first N prompts; 0: all.")] = 0,
     exclude: Annotated[str, typer.Option("--exclude", help="Statuses to leave out: refused,truncated or none.")] = (
         "refused,truncated"
     ),
     price_in: Annotated[
-        float, typer.Option("--price-in", min=0, help="Price per million prompt tokens, to show the cost.")
+        float, typer.Option("--price-in", metavar="X", min=0, help="Price per million prompt tokens, to show the cost.")
     ] = 0.0,
-    price_out: Annotated[float, typer.Option("--price-out", min=0, help="Price per million answer tokens.")] = 0.0,
+    price_out: Annotated[
+        float, typer.Option("--price-out", metavar="X", min=0, help="Price per million answer tokens.")
+    ] = 0.0,
     budget: Annotated[
-        float, typer.Option("--budget", min=0, help="Stop before the answers in the file cost more; 0: no limit.")
+        float,
+        typer.Option(
+            "--budget", metavar="X", min=0, help="Stop before the answers in the file cost more; 0: no limit."
+        ),
     ] = 0.0,
     key_env: Annotated[
         str, typer.Option("--key-env", metavar="VAR", help="Environment variable that holds the API key.")
@@ -155,17 +168,19 @@ def _print_result(tally: Tally, spec: CollectSpec, exclude: str) -> None:
 
 def split(
     files: FilesArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for train.parquet, val.parquet …")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Output folder for train.parquet, val.parquet …")
+    ],
     val: Annotated[
-        float, typer.Option("--val", min=0, help="Held-out share (0.02) or number of prompts (200).")
+        float, typer.Option("--val", min=0, help="Validation share (0.02) or number of prompts (200).")
     ] = 0.02,
-    test: Annotated[float, typer.Option("--test", min=0, help="A second held-out part, the same way.")] = 0.0,
+    test: Annotated[float, typer.Option("--test", metavar="X", min=0, help="Test share or number of prompts.")] = 0.0,
     prompt_key: PromptKeyOption = "content",
     response_key: ResponseKeyOption = "teacher_response",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Split by content hash: equal prompts never part, and the same rows always fall on the same side."""
+    """Split by prompt hash: deterministic, and equal prompts stay in one part."""
     from gadcli.dashboard.progress import Progress
     from gadcli.data.split import split as run_split
     from gadcli.errors import ConfigError
@@ -185,12 +200,12 @@ def split(
 
 def head(
     files: FilesArgument,
-    n: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 5,
+    n: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="Number of rows.")] = 5,
     prompt_key: PromptKeyOption = "content",
     response_key: ResponseKeyOption = "teacher_response",
     as_json: JsonOption = False,
 ) -> None:
-    """The first rows as training would read them, in whatever encoding they are stored."""
+    """Print the first rows as training reads them, whatever their encoding."""
     from gadcli.data.check import open_files, scan_rows
     from gadcli.data.read.findings import Summary
     from gadcli.errors import DataError

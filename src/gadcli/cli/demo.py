@@ -12,19 +12,24 @@ from gadcli.cli.common import ForceOption, QuietOption
 
 def main(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Under three minutes: the same parts, too short to learn.")
+        bool, typer.Option("--quick", help="Under three minutes: every part runs, too short to learn.")
     ] = False,
     collapse: Annotated[
-        str, typer.Option("--collapse", metavar="LOSS", help="Ruin a dwarf of a student on purpose instead: v1.")
+        str,
+        typer.Option(
+            "--collapse",
+            metavar="LOSS",
+            help="Instead train a tiny model set up to collapse, to learn the dashboard: v1.",
+        ),
     ] = "",
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", metavar="DIR", help="Default: runs/demo[-quick|-collapse-v1].")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="The default: go on where a demo stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo (the default).")] = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Three stages, merge and a table of held-out results, on a 135M student and Python's own docstrings.
+    """Train all stages on a 135M student and Python's own docstrings; print held-out results.
 
     Runs on two CPU cores without a GPU or a model hub. Started again it goes on where it stopped, and shows the table
     of a demo that is done. With --collapse v1 it is a real run that goes wrong, in minutes, for `gad why` to name.

@@ -19,7 +19,7 @@ MIN_FREE_RAM_GB = 6.0
 
 
 def main(as_json: JsonOption = False) -> int:
-    """What this machine has: devices, engines, versions, memory, disk, and what stands in the way of a run."""
+    """Check devices, engines, package versions, memory and disk, and report what would prevent a run."""
     facts = collect()
     problems = facts["problems"]
     if as_json:

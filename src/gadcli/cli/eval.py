@@ -16,33 +16,40 @@ if TYPE_CHECKING:
     from gadcli.evaluate.answers import AnswerRequest, AnswerSet
     from gadcli.evaluate.report import Report
 
-MODEL_HELP = "What to evaluate: hub name, HF folder, .gguf, or a run's global_step_N/actor."
+MODEL_HELP = "Model: hub name, HF folder, .gguf, or a run's global_step_N/actor."
 
 
 def main(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    data: Annotated[list[str], typer.Option("--data", "-d", metavar="FILE", help="Held-out rows; may be repeated.")],
-    against: Annotated[str | None, typer.Option(metavar="M2", help="A second model on the same prompts.")] = None,
-    temperature: Annotated[
-        list[float] | None, typer.Option("--temperature", "-t", metavar="T", help="0 is greedy; may be repeated. [0]")
+    data: Annotated[list[str], typer.Option("--data", "-d", metavar="FILE", help="Held-out rows; repeatable.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="M2", help="Second model to compare with on the same prompts.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers a prompt (one when greedy).")] = 1,
-    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Use so many rows, chosen by hash; 0 is all.")] = 0,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option("--temperature", "-t", metavar="T", help="Sampling temperature; 0: greedy; repeatable. [0]"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers per prompt (1 if greedy).")] = 1,
+    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Number of rows, chosen by hash; 0: all.")] = 0,
     max_prompt_length: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens; longer rows are left out.")
+        int, typer.Option(min=1, metavar="N", help="Maximum tokens per prompt; longer rows are dropped.")
     ] = 1024,
-    max_response_length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer.")] = 256,
-    prompt_key: Annotated[str, typer.Option(metavar="KEY", help="Column of chat messages.")] = "content",
-    response_key: Annotated[str, typer.Option(metavar="KEY", help="Column of teacher text.")] = "teacher_response",
-    engine: Annotated[str, typer.Option(metavar="E", help="auto, vllm or hf.")] = "auto",
-    device: Annotated[str, typer.Option(metavar="D", help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling and of the fresh discriminator.")] = 1,
-    fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="Train a fresh discriminator.")] = True,
+    max_response_length: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum tokens per answer.")] = 256,
+    prompt_key: Annotated[str, typer.Option(metavar="KEY", help="Column of the messages.")] = "content",
+    response_key: Annotated[
+        str, typer.Option(metavar="KEY", help="Column of the teacher's answers.")
+    ] = "teacher_response",
+    engine: Annotated[str, typer.Option(metavar="E", help="Sampler: auto, vllm or hf.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="D", help="Device: auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed for sampling and the fresh discriminator.")] = 1,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--no-fresh", help="Train a new discriminator on these answers.")
+    ] = True,
     discriminator: Annotated[
-        str, typer.Option(metavar="R", help="Also score with a trained one: global_step_N/critic.")
+        str, typer.Option(metavar="R", help="Also score with a trained discriminator: global_step_N/critic.")
     ] = "",
     discriminator_values: Annotated[
-        str, typer.Option(metavar="V", help="Its run's critic.values: last or all.")
+        str, typer.Option(metavar="V", help="critic.values of its run: last or all.")
     ] = "last",
     judge_url: Annotated[
         str | None,
@@ -52,19 +59,19 @@ def main(
             help="OpenAI-compatible judge: https://host/v1; key in GAD_JUDGE_API_KEY.",
         ),
     ] = None,
-    judge_model: Annotated[str, typer.Option(metavar="NAME", help="The judge's model name.")] = "",
+    judge_model: Annotated[str, typer.Option(metavar="NAME", help="Model name of the judge.")] = "",
     judge_cache: Annotated[
-        Path, typer.Option(metavar="FILE", help="The judge's replies, kept so that none is paid for twice.")
+        Path, typer.Option(metavar="FILE", help="File that keeps the judge's replies, so that none is paid for twice.")
     ] = Path("gad-judge.jsonl"),
     judge_max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum tokens of a judge's reply, its reasoning included.")
     ] = 2048,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report, one file.")] = None,
-    samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer, as JSON lines.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")] = None,
+    samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer as JSONL.")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score a model on held-out rows: ROUGE-L, lengths, a fresh discriminator, and a judge where one is given."""
+    """Evaluate a model on held-out rows: overlap, lengths, a new discriminator and, if given, a judge."""
     from gadcli.dashboard.progress import Progress
     from gadcli.data.read.choose import choose_files
     from gadcli.evaluate.answers import AnswerRequest

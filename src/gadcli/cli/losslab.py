@@ -19,25 +19,27 @@ SYNTHETIC = "synthetic"
 @app.command()
 def losslab(
     source: Annotated[
-        str, typer.Argument(metavar="RUN|synthetic", help="A run's folder or its name in runs/, or the word synthetic.")
+        str, typer.Argument(metavar="RUN|synthetic", help="Run folder or its name in runs/, or the word synthetic.")
     ],
     overrides: OverridesArgument = None,
     teacher_length: Annotated[
-        float | None, typer.Option("--teacher-length", min=1, help="Tokens; default: the run's mean, or 150.")
+        float | None,
+        typer.Option("--teacher-length", metavar="X", min=1, help="Teacher's mean tokens; default: the run's, or 150."),
     ] = None,
     student_length: Annotated[
-        float | None, typer.Option("--student-length", min=1, help="Tokens; default: the run's mean, or 250.")
+        float | None,
+        typer.Option("--student-length", metavar="X", min=1, help="Student's mean tokens; default: the run's, or 250."),
     ] = None,
-    loss: Annotated[list[str] | None, typer.Option("--loss", help="Only this loss; may be repeated.")] = None,
-    step: Annotated[int | None, typer.Option("--step", help="Scores of this step; default: the last with any.")] = None,
+    loss: Annotated[list[str] | None, typer.Option("--loss", help="Only this loss; repeatable.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="Step whose scores to use; default: the last.")] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
-    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Also draw the curves into a PNG.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Also write the curves as a PNG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Scores through every discriminator loss: value, gradient size, and where each loss comes to rest.
+    """Compare the discriminator losses: value, gradient size, and where each settles.
 
-    Numbers are the run's own (or the preset's, or the defaults); try others as critic.final.score_reg=0.01.
+    Hyperparameters are the run's (or the preset's, or the defaults); override them as critic.final.score_reg=0.01.
     """
     from gadcli.cli.losslab_examine import critic_config, examine, read_scores
     from gadcli.cli.losslab_show import show, write_png

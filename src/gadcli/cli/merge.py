@@ -32,40 +32,48 @@ def main(
         Path | None,
         typer.Argument(help="global_step_N/actor, global_step_N (both models), or a run's folder (its newest step)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="New folder to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Output folder; must not exist.")
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", "--hf-model-path", metavar="MODEL", help="Where config and tokenizer come from if absent."
+            "--base",
+            "--hf-model-path",
+            metavar="MODEL",
+            help="Model to take config and tokenizer from if the checkpoint has none.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; without it each tensor keeps its own.")
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: unchanged.")
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file.")
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Maximum size of an output file.")
     ] = "5GB",
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the checks of shards, names and bytes.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip verification of shards, names and bytes.")
+    ] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Also load the result with transformers and compare logits (small models).")
     ] = False,
     keep_adapter: Annotated[
-        bool, typer.Option("--keep-adapter", help="Write a LoRA run as a peft adapter folder, not fused.")
+        bool, typer.Option("--keep-adapter", help="Write LoRA weights as a peft adapter instead of merging them.")
     ] = False,
     lora_alpha: Annotated[
-        float | None, typer.Option("--lora-alpha", metavar="A", help="LoRA's alpha, where it is not recorded.")
+        float | None,
+        typer.Option("--lora-alpha", metavar="A", help="LoRA alpha, if the checkpoint does not record it."),
     ] = None,
     trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="Take DCP shards that have no manifest of gad.")
+        bool, typer.Option("--trust-checkpoint", help="Accept DCP shards without gad's manifest.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be written and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be written and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
     backend: Annotated[str | None, typer.Option("--backend", help="As in verl's merger: only fsdp.")] = None,
     local_dir: Annotated[Path | None, typer.Option("--local-dir", help="As in verl's merger: CHECKPOINT.")] = None,
     target_dir: Annotated[Path | None, typer.Option("--target-dir", help="As in verl's merger: -o.")] = None,
 ) -> None:
-    """Checkpoint shards to Hugging Face safetensors, verified.
+    """Convert checkpoint shards to Hugging Face safetensors, and verify them.
 
     Works for gad's checkpoints at any world size and for verl's FSDP1 and FSDP2 rank files. Streams: memory does not
     grow with the model. Nothing appears at DIR unless all of it was written and read back.
@@ -183,12 +191,12 @@ def cut(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hub name, HF folder, .gguf, global_step_N/actor, or embedded.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New folder to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Output folder; must not exist.")],
     layers: Annotated[
-        int, typer.Option("--layers", "-n", metavar="N", min=0, help="How many to keep; 0 keeps a quarter of them.")
+        int, typer.Option("--layers", "-n", metavar="N", min=0, help="Layers to keep; 0: a quarter of them.")
     ] = 0,
     keep: Annotated[
-        str, typer.Option("--keep", metavar="LIST", help="Which layers to keep instead, from 0: 0-5,28,29.")
+        str, typer.Option("--keep", metavar="LIST", help="Indices of the layers to keep instead: 0-5,28,29.")
     ] = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,

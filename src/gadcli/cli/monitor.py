@@ -15,9 +15,9 @@ from gadcli.errors import ConfigError
 if TYPE_CHECKING:
     from gadcli.dashboard import RunView
 
-RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs, or their names in runs/.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or its name in runs/.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, or names in runs/.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name in runs/.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 class SampleOrder(StrEnum):
@@ -31,11 +31,13 @@ class SampleOrder(StrEnum):
 
 def monitor(
     runs: RunsArgument,
-    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the dashboard once and exit.")] = False,
     as_json: JsonOption = False,
-    export: Annotated[Path | None, typer.Option(metavar="FILE", help="Write report.html or a .svg and end.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a report (.html) or the plots (.svg) and exit.")
+    ] = None,
 ) -> int:
-    """The dashboard of live or finished runs. Keys: q quits (the run goes on), n, g, p."""
+    """Live dashboard of runs. Keys: q quit (the run continues), n next sample, g next group, p pause."""
     import time
 
     from gadcli.dashboard import RunView
@@ -160,7 +162,7 @@ def _export(folders: Sequence[Path], target: Path) -> int:
 
 
 def why(run: RunArgument, as_json: JsonOption = False) -> int:
-    """What is unhealthy, the evidence, the cause, and the override that cures it; the most certain first."""
+    """Diagnose a run: symptoms, evidence, cause, and the override that fixes it; most certain first."""
     import time
 
     from gadcli.dashboard import RunView
@@ -181,14 +183,14 @@ def why(run: RunArgument, as_json: JsonOption = False) -> int:
 
 def samples(
     run: RunArgument,
-    step: Annotated[int | None, typer.Option(metavar="N", help="Only this step's samples.")] = None,
+    step: Annotated[int | None, typer.Option(metavar="N", help="Only samples of this step.")] = None,
     sort: Annotated[
-        SampleOrder, typer.Option(help="newest, or largest first: gap (teacher - student), student, teacher.")
+        SampleOrder, typer.Option(help="Newest first, or by score: gap (teacher - student), student, teacher.")
     ] = SampleOrder.newest,
-    limit: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Number of samples.")] = 10,
     as_json: JsonOption = False,
 ) -> int:
-    """Stored samples. `--sort student` shows the highest-scored answers, where reward hacking shows first."""
+    """Print stored samples. Reward hacking shows first in --sort student: the highest-scored answers."""
     import heapq
     import math
     from collections import deque
@@ -231,10 +233,10 @@ def samples(
 
 def compare(
     runs: RunsArgument,
-    every: Annotated[bool, typer.Option("--all", help="Also what does not differ.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also show what is equal.")] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Runs side by side: the configuration keys and the recent metrics that differ."""
+    """Compare runs: the settings and recent metrics that differ."""
     import math
     import time
 

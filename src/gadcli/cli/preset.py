@@ -9,16 +9,16 @@ import typer
 
 from gadcli.cli.common import ConfigOption, JsonOption, print_json
 
-app = typer.Typer(help="List, show and compare presets.")
+app = typer.Typer(help="List, show and diff presets.")
 
 StageOption = Annotated[
-    str | None, typer.Option("--stage", "-s", metavar="STAGE", help="seqkd, warmup or gad; without it all three.")
+    str | None, typer.Option("--stage", "-s", metavar="STAGE", help="seqkd, warmup or gad; default: all three.")
 ]
 
 
 @app.command("list")
 def list_presets(as_json: JsonOption = False) -> None:
-    """The shipped presets, with what each is for."""
+    """List the shipped presets and what each is for."""
     from gadcli.config.presets import load_chain, preset_names
 
     found = {name: load_chain(name)[-1].description for name in preset_names()}
@@ -33,14 +33,14 @@ def list_presets(as_json: JsonOption = False) -> None:
 @app.command("show")
 def show(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Preset name or file; without it the schema.")
+        str | None, typer.Argument(metavar="NAME", help="Preset name or file; default: the schema.")
     ] = None,
     stage: StageOption = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The resolved values and where each came from; without a NAME every key of the schema with its meaning."""
+    """Print resolved values and where each came from; without NAME, every key with its meaning."""
     if name is not None and "=" in name:  # `gad preset show actor.optim.lr=1e-5`: no preset
         overrides, name = [name, *(overrides or [])], None
     if name is None and stage is None and not overrides and config is None:
@@ -101,7 +101,7 @@ def diff(
     stage: StageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Keys that differ between two presets, by stage."""
+    """Print the keys that differ between two presets, by stage."""
     from gadcli.config.resolve import resolve
     from gadcli.config.schema import STAGES
     from gadcli.config.tree import differences

@@ -26,18 +26,19 @@ from gadcli.cli.common import (
     stage_flags,
 )
 
-NodeRankOption = Annotated[int | None, typer.Option("--node-rank", metavar="R", help="This machine's number, from 0.")]
+NodeRankOption = Annotated[int | None, typer.Option("--node-rank", metavar="R", help="Index of this machine, from 0.")]
 RdzvOption = Annotated[
-    str | None, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet: the first one's.")
+    str | None, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Rendezvous address: the first machine's.")
 ]
 RestartsOption = Annotated[
-    int, typer.Option("--max-restarts", metavar="K", min=0, help="Restarts from the last save after a lost process.")
+    int,
+    typer.Option("--max-restarts", metavar="K", min=0, help="Restarts from the last checkpoint after a lost process."),
 ]
 KeepBoardOption = Annotated[bool, typer.Option("--keep-tensorboard", help="Leave TensorBoard running after the run.")]
 SbatchOption = Annotated[
-    Path | None, typer.Option("--sbatch", metavar="FILE", help="Write a SLURM job file for this command and stop.")
+    Path | None, typer.Option("--sbatch", metavar="FILE", help="Write a SLURM job script for this command and exit.")
 ]
-StagesOption = Annotated[str, typer.Option("--stages", metavar="A,B", help="Which stages, in their order.")]
+StagesOption = Annotated[str, typer.Option("--stages", metavar="A,B", help="Stages to run, in order.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run one stage.")
 
@@ -112,7 +113,7 @@ def run(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Run the stages in a row, each fed by the one before; --resume goes on where it stopped."""
+    """Run all stages in order, each from the previous one's result; --resume continues an interrupted run."""
     from gadcli.launch.pipeline import run_stages
     from gadcli.launch.stage import StageRequest
 
