@@ -2,7 +2,7 @@
 
 python benchmarks/data.py [--rows 200000] [--tokenizer FOLDER] [--check-rows 1000000] [--json]
 
-Each contestant runs in a process of its own, from a cold start, on the same file with the same tokenizer and all
+Each command runs in a process of its own, from a cold start, on the same file with the same tokenizer and all
 cores; CPU seconds are user + system of the process, peak RSS is its VmHWM. Needs `datasets` for its column only.
 """
 
@@ -127,8 +127,8 @@ def train_tokenizer(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def contest(name: str, names: dict[str, Any]) -> dict[str, float]:
-    """Run one contestant in a fresh process: tokens, wall and CPU seconds, peak MB."""
+def run_alone(name: str, names: dict[str, Any]) -> dict[str, float]:
+    """Run one command in a fresh process: tokens, wall and CPU seconds, peak MB."""
     head = "import json, time\nSTART = (0.0, 0.0)\n" + "".join(f"{k} = {v!r}\n" for k, v in names.items())
     tail = """
 import resource
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--check-rows", type=int, nargs="*", default=[1_000_000])
     parser.add_argument("--tokenizer", type=Path, help="a model folder; trained on the corpus if not given")
-    parser.add_argument("--only", nargs="*", help="some contestants alone")
+    parser.add_argument("--only", nargs="*", help="only some commands")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, "src")
@@ -206,17 +206,17 @@ def main() -> None:
             train_tokenizer(file, model)
         write_texts(file, model, texts)
         names = {"FILE": str(file), "MODEL": str(model), "TEXTS": str(texts), "CACHE": str(folder / "hf"), "TOKENS": 0}
-        for contestant in ("gad analyze-tokens", "gad check -t", "datasets.map", "bare encode_batch_fast"):
-            if args.only and contestant not in args.only:
+        for command in ("gad analyze-tokens", "gad check -t", "datasets.map", "bare encode_batch_fast"):
+            if args.only and command not in args.only:
                 continue
-            results[contestant] = contest(contestant, names)
-            names["TOKENS"] = names["TOKENS"] or results[contestant]["tokens"]
-            found = results[contestant]
-            show(contestant, found, found["tokens"], "tokens")
+            results[command] = run_alone(command, names)
+            names["TOKENS"] = names["TOKENS"] or results[command]["tokens"]
+            found = results[command]
+            show(command, found, found["tokens"], "tokens")
         for rows in args.check_rows:
             big = folder / f"check_{rows}.parquet"
             corpus(rows, big)
-            found = contest("gad check", {**names, "FILE": str(big)})
+            found = run_alone("gad check", {**names, "FILE": str(big)})
             results[f"check {rows}"] = found | {"rows": rows}
             show("gad check, no tokenizer", found, rows, "rows")
             big.unlink()

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import contest
+import alternate
 
 
-def run_sampler(args: argparse.Namespace, turns: contest.Turns, engine: str) -> None:
+def run_sampler(args: argparse.Namespace, turns: alternate.Turns, engine: str) -> None:
     import ours
     from gadcli.config.schema import RolloutConfig
     from gadcli.rollout.build import build_sampler
@@ -38,7 +38,7 @@ def run_sampler(args: argparse.Namespace, turns: contest.Turns, engine: str) -> 
     os._exit(0)
 
 
-def run_generate(args: argparse.Namespace, turns: contest.Turns) -> None:
+def run_generate(args: argparse.Namespace, turns: alternate.Turns) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +72,7 @@ def batch_of(args: argparse.Namespace, tokenizer: Any, step: int) -> list[list[i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--runner", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=192, help="tokens of a prompt")
@@ -81,24 +81,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
     args = parser.parse_args()
-    if args.contestant == "generate":
-        return run_generate(args, contest.Turns())
-    if args.contestant:
-        return run_sampler(args, contest.Turns(), args.contestant)
+    if args.runner == "generate":
+        return run_generate(args, alternate.Turns())
+    if args.runner:
+        return run_sampler(args, alternate.Turns(), args.runner)
     from gadcli.checkpoint.embedded_model import ensure_demo_model
 
     args.model = args.model or str(ensure_demo_model())
     names = ("model", "prompts", "prompt", "group", "response")
     with tempfile.TemporaryDirectory() as logs:
         options = [f"--{name}={getattr(args, name)}" for name in names]
-        found = contest.contest(__file__, ["vllm", "hf", "generate"], options, args.rounds, Path(logs))
+        found = alternate.alternate(__file__, ["vllm", "hf", "generate"], options, args.rounds, Path(logs))
     speed = {name: [r["tokens"] / r["cpu_s"] for r in runs] for name, runs in found.items()}
-    contest.print_table("Rollout", "tokens a CPU-second", {n: contest.spread(v) for n, v in speed.items()})
-    ratio = {f"{name} / generate": contest.ratios(speed["generate"], speed[name]) for name in ("vllm", "hf")}
-    contest.print_table("Ratio", "times", ratio)
+    alternate.print_table("Rollout", "tokens a CPU-second", {n: alternate.spread(v) for n, v in speed.items()})
+    ratio = {f"{name} / generate": alternate.ratios(speed["generate"], speed[name]) for name in ("vllm", "hf")}
+    alternate.print_table("Ratio", "times", ratio)
     shown = {name: getattr(args, name) for name in names[1:]}
-    results = {"machine": contest.machine(), "settings": shown, "ratios": ratio, "rounds": found}
-    contest.write(args.out, results, "rollout.py: tokens a CPU-second against transformers' generate", ratio)
+    results = {"machine": alternate.machine(), "settings": shown, "ratios": ratio, "rounds": found}
+    alternate.write(args.out, results)
     return None
 
 

@@ -6,9 +6,9 @@
 The same prompts and answers, `--rows` a step (8 is TRL's default), loss on the answers: rows of 32 to 512 tokens, all
 lengths as likely (`even`), or mostly short ones and a few long (`long-tail`: log-normal, median 96, at most 1,024), as
 chat data has them. The share of padding in TRL's padded batches is printed. TRL runs in three ways: padded
-(its default), packed (best-fit, padding-free within) and padding-free; each meets ours in a contest of its own, two
+(its default), packed (best-fit, padding-free within) and padding-free; each meets ours in a comparison of its own, two
 processes at a time, so that memory suffices. Gradient checkpointing is off (TRL's default is on, and slower).
-One thread each, float32; see contest.py.
+One thread each, float32; see alternate.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import contest
+import alternate
 
 PEERS = {"padded": {}, "packed": {"packing": True}, "padding-free": {"padding_free": True, "max_length": None}}
 ROWS_IN_ALL = 64
@@ -46,7 +46,7 @@ def text_pairs(tokenizer: Any, text: str) -> list[tuple[str, str]]:
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
+def run_ours(args: argparse.Namespace, turns: alternate.Turns) -> None:
     import ours
     from gadcli.model.packing import Group
 
@@ -64,7 +64,7 @@ def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
         turns.done(tokens=sum(group.n_tokens for group in batch))
 
 
-def run_trl(args: argparse.Namespace, turns: contest.Turns, extra: dict[str, Any]) -> None:
+def run_trl(args: argparse.Namespace, turns: alternate.Turns, extra: dict[str, Any]) -> None:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -108,7 +108,7 @@ def run_trl(args: argparse.Namespace, turns: contest.Turns, extra: dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--runner", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS))
     parser.add_argument("--rows", type=int, default=8, help="rows of text a step")
@@ -116,10 +116,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
     args = parser.parse_args()
-    if args.contestant == "gad":
-        return run_ours(args, contest.Turns())
-    if args.contestant:
-        return run_trl(args, contest.Turns(), PEERS[args.contestant])
+    if args.runner == "gad":
+        return run_ours(args, alternate.Turns())
+    if args.runner:
+        return run_trl(args, alternate.Turns(), PEERS[args.runner])
     from gadcli.checkpoint.embedded_model import ensure_demo_model
 
     args.model = args.model or str(ensure_demo_model())
@@ -127,20 +127,20 @@ def main() -> None:
     for peer in args.peers:
         with tempfile.TemporaryDirectory() as logs:
             options = [f"--model={args.model}", f"--rows={args.rows}", f"--text={args.text}"]
-            found = contest.contest(__file__, ["gad", peer], options, args.rounds, Path(logs))
+            found = alternate.alternate(__file__, ["gad", peer], options, args.rounds, Path(logs))
         speed = {name: [r["tokens"] / r["cpu_s"] for r in runs] for name, runs in found.items()}
-        rows = {name: contest.spread(values) for name, values in speed.items()}
-        contest.print_table(f"gad and TRL {peer}", "real tokens a CPU-second", rows)
+        rows = {name: alternate.spread(values) for name, values in speed.items()}
+        alternate.print_table(f"gad and TRL {peer}", "real tokens a CPU-second", rows)
         print(
             "  peak MB: " + ", ".join(f"{name} {max(r['peak_mb'] for r in runs):.0f}" for name, runs in found.items())
         )
         print(f"  padding in TRL's batches: {100 * statistics.mean(r['padding'] for r in found[peer]):.0f} %")
-        ratio[f"gad / TRL {peer}"] = contest.ratios(speed[peer], speed["gad"])
+        ratio[f"gad / TRL {peer}"] = alternate.ratios(speed[peer], speed["gad"])
         rounds[peer] = found
-    contest.print_table("Ratio", "times", ratio)
+    alternate.print_table("Ratio", "times", ratio)
     shown = {"rows": args.rows, "text": args.text, "rounds": args.rounds}
-    results = {"machine": contest.machine(), "settings": shown, "ratios": ratio, "rounds": rounds}
-    contest.write(args.out, results, "sft.py: real tokens a CPU-second, gad / TRL", ratio)
+    results = {"machine": alternate.machine(), "settings": shown, "ratios": ratio, "rounds": rounds}
+    alternate.write(args.out, results)
     return None
 
 

@@ -8,10 +8,10 @@
 prompts ("shared") and with a prompt for every answer ("alone": packed too, so that only the sharing differs).
 `trl` is a whole step from the same prompts: generation, reference, actor; ours also with the critic besides. TRL runs
 as documented (GRPOTrainer, beta 0.001, its own generation), without gradient checkpointing, which is its default, since
-without it is faster. Its reward is a random number: constant cost. One thread each, float32; see contest.py.
+without it is faster. Its reward is a random number: constant cost. One thread each, float32; see alternate.py.
 Beside them runs "lean": our reference pass and actor update of rows of that shape, with neither sampler nor critic, in
 micro-batches of `--budget` tokens. Its peak memory is the update's own, to compare with TRL's. `memory` is these two
-alone, for more prompts than three contestants have room for.
+alone, for more prompts than three runners have room for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import contest
+import alternate
 
 if TYPE_CHECKING:
     from gadcli.data.batches import TokenizedRow
@@ -32,7 +32,7 @@ PARTS = ("reference", "actor", "critic")
 Figures = dict[str, list[dict[str, Any]]]
 
 
-def run_update(args: argparse.Namespace, turns: contest.Turns) -> None:
+def run_update(args: argparse.Namespace, turns: alternate.Turns) -> None:
     """Both layouts in turn, actor, reference and critic each timed; the figures of a turn hold both."""
     import torch
 
@@ -63,7 +63,7 @@ def run_update(args: argparse.Namespace, turns: contest.Turns) -> None:
         turns.done(**figures)
 
 
-def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
+def run_ours(args: argparse.Namespace, turns: alternate.Turns) -> None:
     """The product's step: sync, rollout, reference, critic and actor, as train/stages.py runs them."""
     import torch
 
@@ -100,7 +100,7 @@ def run_ours(args: argparse.Namespace, turns: contest.Turns) -> None:
     os._exit(0)  # vLLM's shutdown is slow, and nothing is left to keep
 
 
-def run_lean(args: argparse.Namespace, turns: contest.Turns) -> None:
+def run_lean(args: argparse.Namespace, turns: alternate.Turns) -> None:
     """Reference pass and actor update alone, of rows drawn at the shape that `trl` has."""
     import torch
 
@@ -118,7 +118,7 @@ def run_lean(args: argparse.Namespace, turns: contest.Turns) -> None:
         turns.done(tokens=sum(rollout.lengths))
 
 
-def run_trl(args: argparse.Namespace, turns: contest.Turns) -> None:
+def run_trl(args: argparse.Namespace, turns: alternate.Turns) -> None:
     """GRPOTrainer with a turn a step."""
     import torch
     from datasets import Dataset
@@ -179,12 +179,14 @@ def report_update(found: Figures, args: argparse.Namespace) -> dict[str, dict[st
     rounds = found["update"]
     rows = {}
     for part in PARTS:
-        rows[part] = contest.ratios([r[f"shared_{part}"] for r in rounds], [r[f"alone_{part}"] for r in rounds])
+        rows[part] = alternate.ratios([r[f"shared_{part}"] for r in rounds], [r[f"alone_{part}"] for r in rounds])
     totals = {name: [sum(r[f"{name}_{part}"] for part in PARTS) for r in rounds] for name in ("shared", "alone")}
-    rows["whole update"] = contest.ratios(totals["shared"], totals["alone"])
+    rows["whole update"] = alternate.ratios(totals["shared"], totals["alone"])
     title = f"{args.prompts} x {args.prompt} tokens, {args.group} answers of {args.response}"
-    contest.print_table(f"CPU seconds, {title}", "s", {name: contest.spread(times) for name, times in totals.items()})
-    contest.print_table(f"alone / shared, {title}", "times", rows)
+    alternate.print_table(
+        f"CPU seconds, {title}", "s", {name: alternate.spread(times) for name, times in totals.items()}
+    )
+    alternate.print_table(f"alone / shared, {title}", "times", rows)
     outside = max(r["shared_outside"] for r in rounds)
     print(f"  outside models (layouts, masks, losses, metrics): at most {100 * outside:.2f} % of the update")
     return rows
@@ -198,17 +200,17 @@ def report_trl(found: Figures, args: argparse.Namespace) -> dict[str, dict[str, 
         "gad, whole GAD step": [r["cpu_s"] / r["tokens"] for r in gad],
         "gad, without critic": [(r["cpu_s"] - r["critic"]) / r["tokens"] for r in gad],
     }
-    contest.print_table(
+    alternate.print_table(
         "CPU milliseconds a generated token", "ms",
-        {name: contest.spread([1000 * v for v in values]) for name, values in per_token.items()},
+        {name: alternate.spread([1000 * v for v in values]) for name, values in per_token.items()},
     )  # fmt: skip
-    contest.print_table("gad's parts", "CPU-s", {p: contest.spread([r[p] for r in gad]) for p in parts})
+    alternate.print_table("gad's parts", "CPU-s", {p: alternate.spread([r[p] for r in gad]) for p in parts})
     peer = per_token.pop("TRL GRPO")
-    rows = {f"TRL / {name}": contest.ratios(values, peer) for name, values in per_token.items()}
+    rows = {f"TRL / {name}": alternate.ratios(values, peer) for name, values in per_token.items()}
     outside = [1 - sum(r[p] for p in parts) / r["cpu_s"] for r in gad]
     report_memory(found, args)
     print(f"  outside gad's parts: {100 * max(outside):.2f} % of a step")
-    contest.print_table("Ratio", "times", rows)
+    alternate.print_table("Ratio", "times", rows)
     return rows
 
 
@@ -216,7 +218,7 @@ def report_memory(found: Figures, args: argparse.Namespace) -> dict[str, dict[st
     peaks = {name: max(r["peak_mb"] for r in runs) for name, runs in found.items()}
     print("  peak MB: " + ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items()))
     print(f"  memory of the update alone: {peaks['lean'] / peaks['trl']:.2f} of TRL's")
-    return {"peak memory, TRL / gad's update": contest.spread([peaks["trl"] / peaks["lean"]])}
+    return {"peak memory, TRL / gad's update": alternate.spread([peaks["trl"] / peaks["lean"]])}
 
 
 CONTESTS = {
@@ -229,7 +231,7 @@ CONTESTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(CONTESTS))
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--runner", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help="Hugging Face folder; default: the demo's SmolLM2-135M")
     parser.add_argument("--qwen", action="store_true", help="update: a random Qwen2 with a vocabulary of 151,936")
     parser.add_argument("--prompts", type=int, default=1)
@@ -241,9 +243,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, and a plot beside them")
     args = parser.parse_args()
-    if args.contestant:
+    if args.runner:
         runs = {"update": run_update, "gad": run_ours, "lean": run_lean, "trl": run_trl}
-        runs[args.contestant](args, contest.Turns())
+        runs[args.runner](args, alternate.Turns())
         return
     from gadcli.checkpoint.embedded_model import ensure_demo_model
 
@@ -256,11 +258,11 @@ def main() -> None:
             args.model = ours.qwen_like(f"{folder}/qwen")
         args.model = args.model or str(ensure_demo_model())
         options = [args.what, f"--model={args.model}", *(f"--{k}={getattr(args, k)}" for k in given)]
-        found = contest.contest(__file__, names, options, args.rounds, Path(folder))
+        found = alternate.alternate(__file__, names, options, args.rounds, Path(folder))
     rows = report(found, args)
-    shown = {k: v for k, v in vars(args).items() if k not in ("out", "contestant", "model")}
-    results = {"machine": contest.machine(), "settings": shown, "ratios": rows, "rounds": found}
-    contest.write(args.out, results, f"step.py {args.what}: times as much CPU time as gad", rows)
+    shown = {k: v for k, v in vars(args).items() if k not in ("out", "runner", "model")}
+    results = {"machine": alternate.machine(), "settings": shown, "ratios": rows, "rounds": found}
+    alternate.write(args.out, results)
 
 
 if __name__ == "__main__":

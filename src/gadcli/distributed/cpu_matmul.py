@@ -1,7 +1,7 @@
 """Float32 matrix products on CPUs: oneDNN's kernels where MKL, which torch takes, leaves half of the machine idle.
 
 MKL uses its AVX2 paths on CPUs that are not Intel's. One core of an EPYC of the fifth generation: 109 GFLOP/s through
-MKL, 245 through oneDNN, both true float32 (`benchmarks/products.py`). torch ships both, and asks oneDNN for bfloat16.
+MKL, 245 through oneDNN, both true float32. torch ships both, and asks oneDNN for bfloat16.
 The products are replaced below autograd, so that layers, their backward passes, adapters and heads all gain alike.
 """
 

@@ -1,7 +1,7 @@
-"""Contestants that take turns: a process each, one step at a time, so that a busy machine is as unfair to all of them.
+"""Compared trainers, whose runs alternate: one process each, a step at a time, so a busy machine slows all alike.
 
-The parent starts every contestant, lets each warm up once, then goes round. A turn is judged by the CPU seconds of the
-contestant's process (all its threads) and by its peak resident set (VmHWM), which includes its weights and optimiser.
+The parent starts every runner, lets each warm up once, then goes round. A turn is judged by the CPU seconds of the
+runner's process (all its threads) and by its peak resident set (VmHWM), which includes its weights and optimiser.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OURS = ("gad", "lean", "update", "vllm", "hf")
 
 
 class Turns:
-    """A contestant's side: `while turns.wait(): …; turns.done(figures)`. Whatever else prints goes to stderr."""
+    """A runner's side: `while turns.wait(): …; turns.done(figures)`. Whatever else prints goes to stderr."""
 
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w")
@@ -52,7 +52,7 @@ class Turns:
         print(text, file=self.out, flush=True)
 
 
-class Contestant:
+class Runner:
     """The parent's side of one process."""
 
     def __init__(self, name: str, command: list[str], log: Path) -> None:
@@ -97,29 +97,29 @@ class Contestant:
             self.process.wait()
 
 
-def contest(
+def alternate(
     script: str, names: list[str], options: list[str], rounds: int, logs: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """{name: figures of each round}; `script --contestant NAME options…` is what each runs."""
-    running: list[Contestant] = []
+    """{name: figures of each round}; `script --runner NAME options…` is what each runs."""
+    running: list[Runner] = []
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     try:
-        for name in names:  # one after another: loading is not part of the contest, and memory is not unlimited
-            running.append(Contestant(name, [script, "--contestant", name, *options], logs / f"{name}.log"))
+        for name in names:  # one after another: loading is not part of the comparison, and memory is not unlimited
+            running.append(Runner(name, [script, "--runner", name, *options], logs / f"{name}.log"))
             running[-1].expect()
             _say(f"{name}, warm-up", running[-1].turn())
         for number in range(rounds):
-            for contestant in running if number % 2 == 0 else reversed(running):
-                found[contestant.name].append(contestant.turn())
-                _say(contestant.name, found[contestant.name][-1])
+            for runner in running if number % 2 == 0 else reversed(running):
+                found[runner.name].append(runner.turn())
+                _say(runner.name, found[runner.name][-1])
     finally:
-        for contestant in running:
-            contestant.close()
+        for runner in running:
+            runner.close()
     return found
 
 
 def _say(who: str, figures: dict[str, float]) -> None:
-    """Progress: a contest of many minutes that is interrupted has shown what it had."""
+    """Progress: a comparison of many minutes that is interrupted has shown what it had."""
     print(f"{who}: {json.dumps({k: round(v, 3) for k, v in figures.items()})}", file=sys.stderr, flush=True)
 
 
@@ -150,29 +150,8 @@ def print_table(title: str, unit: str, rows: dict[str, dict[str, float]]) -> Non
         print(f"  {name:{width}} {row['min']:9.2f} {row['median']:9.2f} {row['max']:9.2f}")
 
 
-def write(out: Path | None, results: dict[str, Any], title: str, bars: dict[str, dict[str, float]]) -> None:
-    """The figures as JSON at `out`, and as a bar chart beside it (.svg): medians, with min and max as a line."""
-    if out is None:
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    out.with_suffix(".svg").write_text(_bars(title, bars))
-
-
-def _bars(title: str, bars: dict[str, dict[str, float]]) -> str:
-    scale = 400 / max(row["max"] for row in bars.values())
-    parts = [f'<text x="10" y="20" font-weight="bold">{title}</text>']
-    for index, (name, row) in enumerate(bars.items()):
-        y = 36 + 26 * index
-        low, mid, high = (220 + row[key] * scale for key in ("min", "median", "max"))
-        parts.append(f'<text x="210" y="{y + 13}" text-anchor="end">{name}</text>')
-        parts.append(f'<rect x="220" y="{y}" width="{mid - 220:.0f}" height="18" fill="#4a7fb5"/>')
-        parts.append(f'<line x1="{low:.0f}" x2="{high:.0f}" y1="{y + 9}" y2="{y + 9}" stroke="black"/>')
-        parts.append(f'<text x="{high + 6:.0f}" y="{y + 13}">{row["median"]:.2f}</text>')
-    body = "\n".join(parts)
-    height = 50 + 26 * len(bars)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{height}" font-family="sans-serif" '
-        'font-size="12">\n'
-        f'<rect width="700" height="{height}" fill="white"/>\n{body}\n</svg>\n'
-    )
+def write(out: Path | None, results: dict[str, Any]) -> None:
+    """The figures as JSON at `out`."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
