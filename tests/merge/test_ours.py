@@ -318,7 +318,8 @@ def test_a_merge_that_is_killed_leaves_no_target(tmp_path: Path, number: int) ->
         code = (
             "import sys; from pathlib import Path; import gadcli.cli.merge as m; m._end_cleanly_on_sigterm();"
             "import gadcli.checkpoint.merge.to_huggingface as t; t.compare = lambda *a: 0;"
-            "t.expected_shapes = lambda *a, **k: {};"
+            "t.expected_shapes = lambda *a, **k: {}; import gadcli.checkpoint.merge.plan as p;"
+            "p.meta_model = lambda *a, **k: None;"
             "t.to_huggingface(Path(sys.argv[1]), Path(sys.argv[2]))"
         )
         process = subprocess.Popen([sys.executable, "-c", code, str(path / "actor"), str(out)], env=ENV,

@@ -155,7 +155,7 @@ def test_weights_that_are_pickles_are_refused_unopened(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(CheckpointError, match="only as pickles"):
+    with pytest.raises(ConfigError, match="only as pickles"):
         resolve_model(str(folder))
     assert not (tmp_path / "executed").exists()
 

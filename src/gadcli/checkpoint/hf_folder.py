@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from gadcli.errors import CheckpointError
+from gadcli.errors import CheckpointError, ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_JSON = 256 << 20
 _MAX_HEADER = 100 << 20
+_BLOB = re.compile(r"[0-9a-f]{40,64}\Z")
+# Files of a model that people link: a name of their own choice is not followed out of its folder.
+_KNOWN = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config"
+    r"|preprocessor_config|chat_template|model\.safetensors\.index)\.(json|jinja|model|txt)\Z"
+    r"|merges\.txt\Z|spiece\.model\Z|[\w.-]+\.tiktoken\Z"
+)
+_LFS = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,15 +46,36 @@ def _allowed_root(folder: Path) -> Path:
     return resolved
 
 
+def _may_follow(link: Path, target: Path) -> bool:
+    if link.suffix == ".safetensors":
+        try:
+            read_header(target)
+        except CheckpointError:
+            return False
+        return True
+    in_cache = target.parent.name == "blobs" and _BLOB.match(target.name) is not None
+    return _KNOWN.match(link.name) is not None and (in_cache or target.name == link.name)
+
+
 def check_inside(folder: Path, name: object, where: Path) -> Path:
-    """The file `name` of `folder`; CheckpointError for `../`, absolute paths, and links that lead out of the folder."""
+    """The file `name` of `folder`. CheckpointError for `../`, absolute paths, and links that may not be followed.
+
+    Links within the folder may be; out of it those of people who keep their weights elsewhere or change one file of a
+    model: into a hub's cache, to a file of the same well-known name, and from weights to any safetensors file. A
+    folder made to bring other files of this machine into a merged model gets none of these.
+    """
     if not isinstance(name, str) or not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
         raise CheckpointError(
             f"{where}: names the file {str(name)[:80]!r} outside its folder: refused", "do not use this model folder"
         )
     path = folder / name
-    if not path.resolve().is_relative_to(_allowed_root(folder)):
-        raise CheckpointError(f"{path}: a link that leads out of its folder: refused", "do not use this model folder")
+    root = _allowed_root(folder)
+    snapshot = root != folder.resolve()  # whose links all lead into its own cache
+    if not path.resolve().is_relative_to(root) and (snapshot or not _may_follow(path, path.resolve())):
+        raise CheckpointError(
+            f"{path}: a link that leads out of its folder, to {path.resolve()}: refused",
+            "copy the file there if you know it",
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: missing (named by {where.name})", "copy or download the model again")
     return path
@@ -54,7 +84,7 @@ def check_inside(folder: Path, name: object, where: Path) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, each checked to lie inside it.
 
-    Raises CheckpointError when there are none, when the index names others, or when only pickles are there.
+    Raises CheckpointError where one is missing, damaged or elsewhere, ConfigError where there are none.
     """
     index = folder / INDEX
     if index.is_symlink() or index.exists():
@@ -63,15 +93,17 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map", "copy or download the model again")
         named = {str(name) if isinstance(name, str) else name for name in weight_map.values()}
-        return [check_inside(folder, name, index) for name in sorted(named, key=str)]
-    if (folder / SINGLE).is_symlink() or (folder / SINGLE).exists():
-        return [check_inside(folder, SINGLE, folder / SINGLE)]
-    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: weights only as pickles ({pickles[0]}): not loaded", "convert the model to safetensors first"
+        files = [check_inside(folder, name, index) for name in sorted(named, key=str)]
+    elif (folder / SINGLE).is_symlink() or (folder / SINGLE).exists():
+        files = [check_inside(folder, SINGLE, folder / SINGLE)]
+    else:
+        raise ConfigError(
+            f"{folder}: a config.json without weights (no {SINGLE}, no {INDEX})",
+            "download the whole model; --dry-run plans with --model DIR/config.json alone",
         )
-    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}", "not a Hugging Face model folder, or incomplete")
+    for path in files:
+        read_header(path)
+    return files
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -82,7 +114,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     try:
         with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            if (first := stream.read(len(_LFS))) == _LFS:
+                raise ValueError("a Git LFS pointer, not the weights: git lfs pull")
+            length = int.from_bytes(first[:8], "little")
+            stream.seek(8)
             if length > min(_MAX_HEADER, size):
                 raise ValueError("header longer than the file")
             header = json.loads(stream.read(length))

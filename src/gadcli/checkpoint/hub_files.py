@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcli.checkpoint.hf_folder import check_inside, read_header, read_json, weight_files
+from gadcli.config.modelinfo import TIED_BY_DEFAULT
 from gadcli.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -140,6 +141,11 @@ def critic_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a model with a scalar head over every token."""
     labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return dict(config) | architecture(config, "ForTokenClassification") | {"classifier_dropout": 0.0} | labels
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the vocabulary head is the embedding; where the config is silent, its family's default."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in TIED_BY_DEFAULT))
 
 
 def said_family(config: Mapping[str, Any]) -> str:

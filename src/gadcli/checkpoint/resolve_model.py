@@ -16,9 +16,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gadcli.checkpoint.embedded_model import embedded_or
+from gadcli.checkpoint.embedded_model import EMBEDDED, embedded_or
 from gadcli.checkpoint.hf_folder import check_folder, read_json
-from gadcli.checkpoint.manifest import MANIFEST, latest_valid, read_manifest, step_of
+from gadcli.checkpoint.hub_files import trained_files
+from gadcli.checkpoint.manifest import MANIFEST, latest_valid, read_manifest, step_of, verify
+from gadcli.checkpoint.other_folders import name_folder
 from gadcli.config.machine import cache_folder
 from gadcli.errors import CheckpointError, ConfigError, ResourceError
 from gadcli.files import locked
@@ -27,7 +29,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _VERL_SHARDS = "model_world_size_*_rank_*.pt"
 # Part of a conversion's name: raise it when the converter's output changes.
-_CONVERTER = "1"
+_CONVERTER = "2"
 
 Say = Callable[[str], None]
 
@@ -56,21 +58,46 @@ def resolve_model(path: str, *, role: str = "actor", say: Say = _to_stderr) -> P
     return _from_hub(path)
 
 
+def check_model(path: str, *, role: str = "actor") -> None:
+    """Raises what `resolve_model` would for a local `path`, without converting, loading or asking a hub."""
+    local = Path(path).expanduser()
+    if path and path != EMBEDDED and local.is_dir():
+        found = locate(local.absolute(), role, lambda _: None)
+        if (found / "config.json").exists():
+            # What a save copies is read now: a run that could not be saved is refused before it starts.
+            trained_files(found, critic=role == "critic", ends=[])
+
+
 def _from_folder(folder: Path, role: str, say: Say) -> Path:
-    if (folder / ".metadata").is_file() or next(folder.glob(_VERL_SHARDS), None) is not None:
-        return _merged(folder, say)
+    found = locate(folder, role, say)
+    return found if (found / "config.json").exists() else _merged(found, say)
+
+
+def locate(folder: Path, role: str, say: Say) -> Path:
+    """The HF folder (checked) or the folder of one model's shards that `folder` stands for.
+
+    Raises ConfigError for folders that hold no model, naming what they are.
+    """
+    if next(folder.glob(_VERL_SHARDS), None) is not None:
+        return folder
     if (folder / MANIFEST).is_file():
-        return _merged(_model_of(folder, role), say)
+        return _model_of(folder, role)
+    if (folder / ".metadata").is_file() and (folder.parent / MANIFEST).is_file():
+        verify(folder.parent, [f"{folder.name}/"], deep=False)
+        return folder
     if (folder / "config.json").is_symlink() or (folder / "config.json").exists():
+        name_folder(folder)
         check_folder(folder)
         return folder
-    if step_of(folder) is not None or (folder / "latest_checkpointed_iteration.txt").is_file():
-        return _merged(_verl_model(folder, role), say)
     newest = latest_valid(folder, say, deep=False)  # the merge checks the model's bytes; the optimiser's are not read
-    if newest is None:
-        raise ConfigError(f"{folder}: no config.json and no checkpoint in it", "--model takes a model's folder")
-    say(f"{folder.name}: using {newest.name}/{role}")
-    return _merged(_model_of(newest, role), say)
+    if newest is not None:
+        say(f"{folder.name}: using {newest.name}/{role}")
+        return _model_of(newest, role)
+    latest = folder / "latest_checkpointed_iteration.txt"
+    if next(folder.glob(f"{role}/{_VERL_SHARDS}"), None) or (latest.is_file() and any(folder.glob("global_step_*"))):
+        return _verl_model(folder, role)
+    name_folder(folder)
+    raise ConfigError(f"{folder}: no config.json and no checkpoint in it", "--model takes a model's folder")
 
 
 def _model_of(checkpoint: Path, role: str) -> Path:
@@ -151,7 +178,7 @@ def _converted(name: str, convert: Callable[[Path], None], say: Say, what: str) 
 
 
 def _merged(folder: Path, say: Say) -> Path:
-    from gadcli.checkpoint.merge.to_huggingface import to_huggingface
+    from gadcli.checkpoint.merge.to_huggingface import OWN, MergeOptions, to_huggingface
 
     step = step_of(folder.parent)
     label = "-".join([*([folder.parent.parent.name] if step is not None else []), *([f"step{step}"] if step else [])])
@@ -159,7 +186,7 @@ def _merged(folder: Path, say: Say) -> Path:
 
     def convert(target: Path) -> None:
         try:
-            to_huggingface(folder, target)
+            to_huggingface(folder, target, MergeOptions(dtype=OWN, go_on=True))
         except CheckpointError as error:
             if not (error.hint or "").startswith("--"):  # a flag of `gad merge`, which the caller has not
                 raise

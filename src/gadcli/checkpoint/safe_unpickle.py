@@ -33,6 +33,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
     "uint8": ("U8", 1),
     "bool": ("BOOL", 1),
 }
+TORCH_NAMES: Mapping[str, str] = {stored: name for name, (stored, _) in DTYPES.items()}
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",

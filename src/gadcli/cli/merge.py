@@ -45,7 +45,10 @@ def main(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: unchanged.")
+        str | None,
+        typer.Option(
+            "--dtype", help="float32, bfloat16, float16 or own (each tensor's). Default: the base's, else own."
+        ),
     ] = None,
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Maximum size of an output file.")

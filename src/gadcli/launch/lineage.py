@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gadcli.checkpoint.manifest import MANIFEST, step_of, verify
+from gadcli.checkpoint.manifest import MANIFEST, step_of
+from gadcli.checkpoint.resolve_model import check_model
 from gadcli.config.modelinfo import local_model_dir
 from gadcli.config.schema import GadConfig
 from gadcli.errors import ConfigError
@@ -31,9 +32,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest(), "sampled": True}
 
 
-def check_model_path(path: str, *, dry_run: bool = False) -> None:
-    """ConfigError (2) for what can only be a local path and is not there, CheckpointError (4) for a checkpoint of ours
-    with files missing or cut. A hub name is the worker's to find; a config.json alone is enough for a plan."""
+def check_model_path(path: str, *, role: str = "actor", dry_run: bool = False) -> None:
+    """ConfigError (2) for what is not there or holds no model, CheckpointError (4) for a model or checkpoint that is
+    damaged or unsafe. A hub name is the worker's to find; a config.json alone is enough for a plan."""
     local = Path(path).expanduser()
     looks_local = local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or path.endswith(".gguf")
     if path and looks_local and not local.exists():
@@ -44,8 +45,7 @@ def check_model_path(path: str, *, dry_run: bool = False) -> None:
         return
     if local.is_file() and local.suffix.lower() != ".gguf":
         raise ConfigError(f"model {path}: a file that is no .gguf", "--model takes a model's folder, or a .gguf file")
-    if (local.parent / MANIFEST).is_file() and local.is_dir():
-        verify(local.parent, [f"{local.name}/"], deep=False)
+    check_model(path, role=role)
 
 
 def nearest(path: Path) -> str:

@@ -105,8 +105,8 @@ def prepare(request: StageRequest) -> Prepared:
         model.path = embedded_or(model.path, convert=not request.dry_run)
     if not request.dry_run:
         check_inputs(config)
-    for path in (config.actor.model.path, config.critic.model.path):
-        check_model_path(path, dry_run=request.dry_run)
+    for role, model in (("actor", config.actor.model), ("critic", config.critic.model)):
+        check_model_path(model.path, role=role, dry_run=request.dry_run)
     device, engine = pick_device(config.trainer.device), pick_engine(config.rollout.engine)
     nproc = processes_here(config.trainer.nproc, device)
     world = nproc * config.trainer.nnodes

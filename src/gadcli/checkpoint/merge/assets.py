@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcli import __version__
-from gadcli.checkpoint.hf_folder import check_inside, read_json
+from gadcli.checkpoint.hf_folder import check_inside
 from gadcli.checkpoint.hub_files import CONFIG, GENERATION, small_files
 from gadcli.checkpoint.manifest import human_bytes
 from gadcli.errors import CheckpointError
@@ -18,11 +18,11 @@ from gadcli.errors import CheckpointError
 LINEAGE = "gad_lineage.json"
 
 
-def read_config(folder: Path | None, base: Path | None) -> dict[str, Any]:
-    """The model's config: the checkpoint's own, else the base's. CheckpointError if neither has one."""
+def config_file(folder: Path | None, base: Path | None) -> Path:
+    """The model's config.json: the checkpoint's own, else the base's. CheckpointError if neither has one."""
     for candidate in (folder, base):
-        if candidate is not None and (candidate / "config.json").is_file():
-            return read_json(check_inside(candidate, "config.json", candidate))
+        if candidate is not None and (candidate / CONFIG).is_file():
+            return check_inside(candidate, CONFIG, candidate)
     raise CheckpointError(
         f"no config.json with the checkpoint{f' ({folder})' if folder else ''}",
         "--base MODEL: the Hugging Face folder it was trained from",
@@ -40,6 +40,7 @@ def asset_files(folder: Path | None, base: Path | None, *, critic: bool) -> dict
 
 def copy_durably(source: Path, target: Path) -> None:
     """Copies the contents of a file and forces them to disk."""
+    target.parent.mkdir(exist_ok=True)
     with open(source, "rb") as read, open(target, "xb") as write:
         shutil.copyfileobj(read, write, 1 << 20)
         write.flush()

@@ -6,6 +6,7 @@ any other family is asked of transformers on the meta device.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,22 +17,29 @@ _SIZES = dict.fromkeys(
     ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"), 2**31
 ) | {"num_hidden_layers": 10_000}
 _OWN_CONFIG = "put the model's own config.json into huggingface/ beside the shards"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def expected_shapes(config: Mapping[str, Any], *, critic: bool) -> Shapes:
-    """Name -> shape of every tensor the output must hold; the tied head is left out.
+def expected_shapes(config: Mapping[str, Any], *, critic: bool, model: Any = None) -> Shapes:
+    """Name -> shape of every weight the model must have, a tied head left out. model: as `meta_model` gives it.
 
-    CheckpointError for a config whose sizes are none.
+    CheckpointError for a config whose sizes are not sizes.
     """
+    _check_sizes(config)
+    model = model or meta_model(config, critic=critic)
+    if model is None:
+        return _decoder(config, critic)
+    tied = set() if critic or not model.config.tie_word_embeddings else {"lm_head.weight"}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
     for key in _SIZES:
         size = config.get(key)
         # a foreign config is not believed: 10^9 layers would be listed until memory is gone
         if size is not None and (type(size) is not int or not 0 < size <= _SIZES[key]):
             raise CheckpointError(f"config.json: {key} is {str(size)[:40]!r}", _OWN_CONFIG)
-    if config.get("model_type") in FAMILIES:
-        return _decoder(config, critic)
-    return _from_transformers(config, critic)
 
 
 def _decoder(config: Mapping[str, Any], critic: bool) -> Shapes:
@@ -77,7 +85,14 @@ def _decoder(config: Mapping[str, Any], critic: bool) -> Shapes:
     return shapes
 
 
-def _from_transformers(config: Mapping[str, Any], critic: bool) -> Shapes:
+def meta_model(config: Mapping[str, Any], *, critic: bool) -> Any:
+    """transformers' modules of a config on the meta device; None for the families spelled out here.
+
+    CheckpointError for a model type that transformers does not know.
+    """
+    _check_sizes(config)
+    if config.get("model_type") in FAMILIES:
+        return None
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -85,18 +100,17 @@ def _from_transformers(config: Mapping[str, Any], critic: bool) -> Shapes:
     try:
         parsed = AutoConfig.for_model(config.get("model_type", ""), **values)
         with torch.device("meta"):
-            model = (AutoModelForTokenClassification if critic else AutoModelForCausalLM).from_config(parsed)
+            return (AutoModelForTokenClassification if critic else AutoModelForCausalLM).from_config(parsed)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"transformers knows no model of type {config.get('model_type')!r} like this: {str(error)[:100]}",
-            "--no-verify skips the check of names",
+            "its config.json must be the model's own",
         ) from error
-    state = model.state_dict()
-    tied = set() if critic or not config.get("tie_word_embeddings") else {"lm_head.weight"}
-    return {name: tuple(value.shape) for name, value in state.items() if name not in tied}
 
 
-def compare(found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:
+def compare(
+    found: Mapping[str, tuple[int, ...]], wanted: Shapes, what: str = "the tensors do not fit the config"
+) -> None:
     """CheckpointError listing missing, unexpected and misshapen tensors; None if all fit."""
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
@@ -108,6 +122,35 @@ def compare(found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:
     ]
     if parts:
         raise CheckpointError(
-            f"the tensors do not fit the config: {', '.join(parts)}",
+            f"{what}: {', '.join(parts)}",
             f"{_OWN_CONFIG}; --no-verify writes it anyway",
         )
+
+
+def compare_with_base(
+    found: Mapping[str, tuple[str, tuple[int, ...]]], base: Mapping[str, tuple[str, tuple[int, ...]]],
+    config: Mapping[str, Any], *, critic: bool,
+) -> tuple[str, list[str]]:  # fmt: skip
+    """Holds the output's (dtype, shape) by name against those of the base's own files.
+
+    Returns what was found equal and notes on the rest: a head that training untied, and parts of the base that the
+    trained model does not have. CheckpointError for a name or shape that the base does not have.
+    """
+    heads = ("lm_head.", "score.", "v_head.")
+
+    def kept(name: str) -> bool:
+        layer = _LAYER.search(name)
+        cut = layer is not None and int(layer[1]) >= int(config.get("num_hidden_layers") or 1 << 30)
+        return not cut and not (critic and name.startswith(heads))
+
+    wanted = {name: value for name, value in base.items() if kept(name)}
+    compared = {name: value for name, value in found.items() if name in wanted or not name.startswith(heads)}
+    compare(
+        {name: value[1] for name, value in compared.items()},
+        {name: value[1] for name, value in wanted.items() if name in compared},
+        "the tensors are not those of the base's files",
+    )
+    lost = sorted(wanted.keys() - found.keys())
+    notes = [f"{len(lost)} tensors of the base are no part of the trained model: left out ({lost[0]})"] if lost else []
+    same = all(value[0] == wanted[name][0] for name, value in compared.items())
+    return f"names, shapes{' and dtypes' if same else ''} as in the base's files", notes

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gadcli.checkpoint.hf_folder import SINGLE
-from gadcli.checkpoint.hub_files import architecture, critic_config, for_older_readers, said_family
+from gadcli.checkpoint.hub_files import (
+    architecture,
+    critic_config,
+    for_older_readers,
+    is_tied,
+    read_base_tensors,
+    said_family,
+)
+from gadcli.checkpoint.hub_names import as_on_hub
+from gadcli.checkpoint.merge.expected import meta_model
 from gadcli.checkpoint.merge.source import LoraInfo, Source
 from gadcli.checkpoint.merge.tensors import Files, Segments, SourceTensor, read_pieces, read_whole, same_bytes
-from gadcli.checkpoint.safe_unpickle import DTYPES
+from gadcli.checkpoint.safe_unpickle import DTYPES, TORCH_NAMES
 from gadcli.errors import CheckpointError
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -30,20 +40,26 @@ class Delta:
 
 @dataclass(frozen=True)
 class OutTensor:
-    """One tensor of the output: where its values come from, its name and its dtype (torch's name)."""
+    """One tensor of the output: where its values come from, its name and its dtype (torch's name).
+
+    `model` (transformers' modules on the meta device) is there where the source is taken apart, `part` is then the
+    shape of this piece of it.
+    """
 
     name: str
     source: SourceTensor
     dtype: str
     delta: Delta | None = None
+    model: Any = None
+    part: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.source.shape
+        return self.source.shape if self.model is None else self.part
 
     @property
     def nbytes(self) -> int:
-        return self.source.numel * DTYPES[self.dtype][1]
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
 @dataclass
@@ -82,12 +98,17 @@ class OutFile:
 
 @dataclass
 class MergePlan:
-    """What will be written. `notes` are said to the user; `tied` is None when the config's word stands."""
+    """What will be written. `notes` are said to the user; `weights` are the tensors before packed ones come apart.
+
+    `model`: transformers' modules on the meta device; None where the family is one whose names gad knows itself.
+    """
 
     files: list[OutFile]
     config: dict[str, Any]
     critic: bool
     notes: list[str]
+    weights: list[OutTensor]
+    model: Any = None
 
     @property
     def tensors(self) -> list[OutTensor]:
@@ -116,13 +137,19 @@ def make_plan(
     fuse: bool,
     lora: LoraInfo | None,
 ) -> MergePlan:
-    """Decides everything about the output but its bytes. Raises CheckpointError for what cannot be merged."""
+    """Decides everything about the output but its bytes. Raises CheckpointError for what cannot be merged.
+
+    dtype: torch's name of a floating dtype; "own" keeps each tensor's; None takes that of the base's files where the
+    checkpoint knows them, else keeps each tensor's.
+    """
     notes = list(source.notes)
     named = dict(source.tensors)
     deltas = split_lora(named, lora if fuse else None)
     if not fuse:
         named, deltas = _adapter_only(source.tensors), {}
     critic = source.is_critic
+    recorded = read_base_tensors(source.assets)
+    model = None
     out_config = for_older_readers(config)
     if fuse:
         if critic:
@@ -131,12 +158,34 @@ def make_plan(
         else:
             if not said_family(out_config):  # vLLM chooses its model class by it
                 out_config |= architecture(out_config, "ForCausalLM")
-            _drop_tied(named, deltas, out_config, files, notes)
-    tensors = [_out(name, tensor, dtype, deltas.get(name)) for name, tensor in named.items()]
+            _drop_tied(named, deltas, out_config, recorded, files, notes)
+        model = meta_model(out_config, critic=critic)
+    pieces = _pieces(named, model)
+    weights, tensors = [], []
+    for name, tensor in named.items():
+        stored = recorded.get(next(iter(pieces[name])), ("", ()))[0]
+        target = dtype or TORCH_NAMES.get(stored, "own")
+        weights.append(_out(name, tensor, None if target == "own" else target, deltas.get(name)))
+        if pieces[name] == {name: tensor.shape}:
+            tensors.append(weights[-1])
+        else:
+            tensors += [replace(weights[-1], name=n, model=model, part=part) for n, part in pieces[name].items()]
     if fuse:
         _say_dtype(out_config, tensors)
     names = (SINGLE, "model") if fuse else ("adapter_model.safetensors", "adapter_model")
-    return MergePlan(_shards(tensors, max_shard_bytes, names), out_config, critic, notes)
+    return MergePlan(_shards(tensors, max_shard_bytes, names), out_config, critic, notes, weights, model)
+
+
+def _pieces(named: Mapping[str, SourceTensor], model: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Module's name of each weight -> {name in the hub's files: shape}."""
+    if model is None:
+        return {name: {name: tensor.shape} for name, tensor in named.items()}
+    import torch
+
+    return {
+        name: {n: tuple(t.shape) for n, t in as_on_hub(model, name, torch.empty(tensor.shape, device="meta")).items()}
+        for name, tensor in named.items()
+    }
 
 
 def split_lora(named: dict[str, SourceTensor], lora: LoraInfo | None) -> dict[str, Delta]:
@@ -203,11 +252,13 @@ def _drop_tied(
     named: dict[str, SourceTensor],
     deltas: dict[str, Delta],
     config: dict[str, Any],
+    recorded: Mapping[str, Any],
     files: Files,
     notes: list[str],
 ) -> None:
+    """A tied head is the embedding and written once, unless the base's own files hold both."""
     head, embedding = named.get("lm_head.weight"), named.get("model.embed_tokens.weight")
-    if head is None or embedding is None or not config.get("tie_word_embeddings"):
+    if head is None or embedding is None or not is_tied(config) or "lm_head.weight" in recorded:
         return
     changed = "lm_head.weight" in deltas or "model.embed_tokens.weight" in deltas
     if not changed and same_bytes(files, head, embedding):
@@ -260,7 +311,7 @@ def _shards(tensors: list[OutTensor], limit: int, names: tuple[str, str]) -> lis
 
 def is_copy(tensor: OutTensor) -> bool:
     """Whether the output's bytes are the source's own."""
-    return tensor.delta is None and tensor.dtype == tensor.source.dtype
+    return tensor.delta is None and tensor.model is None and tensor.dtype == tensor.source.dtype
 
 
 def produce(
@@ -283,10 +334,25 @@ def produce(
         segments.append((size, crc))
 
 
+def _apart(files: Files, tensor: OutTensor, check: bool) -> dict[str, memoryview]:
+    """A packed weight's pieces by their hub names, as raw bytes in row-major order."""
+    import torch
+
+    source = tensor.source
+    whole = torch.frombuffer(bytearray(read_whole(files, source, check=check)), dtype=getattr(torch, source.dtype))
+    pieces = as_on_hub(tensor.model, source.name, whole.view(source.shape))
+    return {n: t.contiguous().view(-1).view(torch.uint8).numpy().data for n, t in pieces.items()}
+
+
 def _computed(files: Files, tensor: OutTensor, check: bool) -> Iterator[memoryview]:
     from gadcli.checkpoint.merge.cast import convert, from_float32, raw_bytes, to_float32
 
     source, delta = tensor.source, tensor.delta
+    if tensor.model is not None:
+        assert delta is None, f"{source.name}: adapters sit on linear layers, and this is a packed weight"
+        piece = files.kept(source, lambda: _apart(files, tensor, check))[tensor.name]
+        yield convert(piece, source.dtype, tensor.dtype)
+        return
     if delta is None:
         for piece in read_pieces(files, source, check=check):
             yield convert(piece, source.dtype, tensor.dtype)

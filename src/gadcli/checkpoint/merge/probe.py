@@ -28,13 +28,13 @@ def probe(source: Source, plan: MergePlan, folder: Path, files: Files) -> str:
     # made in the loaded dtype, not cast to it: rotary frequencies stay float32 in both
     direct = auto.from_config(loaded.config, dtype=loaded.dtype)
     state = {}
-    for tensor in plan.tensors:
+    for tensor in plan.weights:
         data = bytearray(b"".join(bytes(piece) for piece in produce(files, tensor)))
         dtype = getattr(torch, tensor.dtype)
         flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         state[tensor.name] = flat.view(tensor.shape)
     left = direct.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if plan.config.get("tie_word_embeddings") else set()
+    tied = {"lm_head.weight"} if loaded.config.tie_word_embeddings else set()
     if set(left.missing_keys) - tied or left.unexpected_keys:
         raise CheckpointError(f"{source.folder}: keys {left} do not fit the config", "is --base right?")
     direct.tie_weights()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,12 +95,23 @@ class Files:
 
     _open: dict[Path, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _apart: dict[str, dict[str, memoryview]] = field(default_factory=dict)
+    _apart_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._open[path]
+
+    def kept(self, key: SourceTensor, make: Callable[[], dict[str, memoryview]]) -> dict[str, memoryview]:
+        """What `make` gave for `key`, while it is among the last two asked for: pieces of a packed weight."""
+        with self._apart_lock:
+            if key.name not in self._apart:
+                while len(self._apart) > 1:
+                    self._apart.pop(next(iter(self._apart)))
+                self._apart[key.name] = make()
+            return self._apart[key.name]
 
     def close(self) -> None:
         with self._lock:
@@ -200,9 +211,9 @@ def _assemble(files: Files, tensor: SourceTensor) -> np.ndarray:
     return out
 
 
-def read_whole(files: Files, tensor: SourceTensor) -> bytes:
+def read_whole(files: Files, tensor: SourceTensor, *, check: bool = True) -> bytes:
     """All bytes of a (small) tensor."""
-    return b"".join(bytes(piece) for piece in read_pieces(files, tensor))
+    return b"".join(bytes(piece) for piece in read_pieces(files, tensor, check=check))
 
 
 def same_bytes(files: Files, a: SourceTensor, b: SourceTensor) -> bool:

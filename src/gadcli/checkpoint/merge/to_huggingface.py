@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gadcli.checkpoint.hf_folder import INDEX
+from gadcli.checkpoint.hf_folder import INDEX, read_json
+from gadcli.checkpoint.hub_files import BASE_TENSORS, CONFIG, dump, is_tied, read_base_tensors
 from gadcli.checkpoint.manifest import check_disk, human_bytes
 from gadcli.checkpoint.merge import assets
 from gadcli.checkpoint.merge.base import base_tensors
-from gadcli.checkpoint.merge.expected import compare, expected_shapes
+from gadcli.checkpoint.merge.expected import compare, compare_with_base, expected_shapes
 from gadcli.checkpoint.merge.ours import read_ours
 from gadcli.checkpoint.merge.plan import FLOATS, MergePlan, make_plan, saved_module
 from gadcli.checkpoint.merge.source import LoraInfo, Source
 from gadcli.checkpoint.merge.tensors import Files, check_storage, unchecked_storages
 from gadcli.checkpoint.merge.verl import is_verl, read_verl
 from gadcli.checkpoint.merge.write import Stopped, Written, run_all, sync_and_check, write_all
+from gadcli.checkpoint.safe_unpickle import DTYPES
 from gadcli.errors import CheckpointError, ConfigError, ResourceError, is_full_disk
 from gadcli.files import fsync_path
 
+OWN = "own"  # each tensor's own dtype
 DEFAULT_SHARD = 5_000_000_000
 _SLACK = 32 << 20
 
@@ -36,7 +39,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class MergeOptions:
-    """How to merge. dtype: torch's name, None keeps each tensor's. probe: compare logits through transformers."""
+    """How to merge. dtype: torch's name; None is the base's where it is known, OWN keeps each tensor's.
+
+    probe: compare logits through transformers. go_on: keep what a run that starts from the result needs to know.
+    """
 
     base: Path | None = None
     base_name: str = ""
@@ -47,6 +53,7 @@ class MergeOptions:
     keep_adapter: bool = False
     trust: bool = False
     lora_alpha: float | None = None
+    go_on: bool = False
 
 
 @dataclass
@@ -94,7 +101,7 @@ def to_huggingface(
     ResourceError (disk), ConfigError (options).
     """
     options = options or MergeOptions()
-    if options.dtype not in (None, *FLOATS):
+    if options.dtype not in (None, OWN, *FLOATS):
         raise ConfigError(f"--dtype {options.dtype}: not a floating dtype", f"one of: {', '.join(FLOATS)}")
     if options.probe and options.keep_adapter:
         raise ConfigError("--probe compares a fused model: there is none with --keep-adapter", "leave one of them out")
@@ -103,7 +110,7 @@ def to_huggingface(
     _refuse_existing(out)
     source = read_source(folder, trust=options.trust)
     source.tensors.update(base_tensors(source, options.base))
-    config = assets.read_config(source.assets, options.base)
+    config = read_json(assets.config_file(source.assets, options.base))
     files = Files()
     try:
         lora = _lora(source, options)
@@ -114,8 +121,7 @@ def to_huggingface(
                          fuse=fuse, lora=lora)  # fmt: skip
         verified: list[str] = []
         if options.verify and fuse:
-            compare({t.name: t.shape for t in plan.tensors}, expected_shapes(plan.config, critic=plan.critic))
-            verified.append("names and shapes")
+            verified += _check_names(plan, source)
         side = _side_files(source, plan, options, fuse, lora)
         report = MergeReport(out, {f.name: f.nbytes for f in plan.files}, len(plan.tensors), plan.nbytes, plan.notes,
                              verified)  # fmt: skip
@@ -127,6 +133,22 @@ def to_huggingface(
         return report
     finally:
         files.close()
+
+
+def _check_names(plan: MergePlan, source: Source) -> list[str]:
+    """Names and shapes against the config, and with dtypes against the base's own files where those are known."""
+    wanted = expected_shapes(plan.config, critic=plan.critic, model=plan.model)
+    found = {t.name: t.source.shape for t in plan.weights}
+    if is_tied(plan.config) and not plan.critic:  # some files hold a tied head all the same
+        found.pop("lm_head.weight", None)
+    compare(found, wanted)
+    base = read_base_tensors(source.assets)
+    if not base:
+        return ["names and shapes"]
+    stored = {t.name: (DTYPES[t.dtype][0], t.shape) for t in plan.tensors}
+    said, notes = compare_with_base(stored, base, plan.config, critic=plan.critic)
+    plan.notes.extend(notes)
+    return [said]
 
 
 def merge_models(
@@ -191,9 +213,10 @@ def _side_files(
         lineage["adapter"] = "LoRA, fused" if fuse else "LoRA, kept apart"
     side: dict[str, str | Path] = dict(asset_names(source, options, plan))
     if fuse:
-        import json
-
-        side["config.json"] = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
+        own = assets.config_file(source.assets, options.base)
+        side[CONFIG] = own if read_json(own) == plan.config else dump(plan.config).decode()
+        if options.go_on and source.assets and (source.assets / BASE_TENSORS).is_file():
+            side[BASE_TENSORS] = source.assets / BASE_TENSORS
         index = plan.index_json()
         if index is not None:
             side[INDEX] = index + "\n"
@@ -253,7 +276,6 @@ def _write(source: Source, plan: MergePlan, side: dict[str, str | Path], files: 
     with _temporary(out) as folder, _disk_errors(out, plan.nbytes):
         with _beside(source, files, stop, enabled=options.verify):
             for name, content in side.items():
-                (folder / name).parent.mkdir(exist_ok=True)
                 if isinstance(content, Path):
                     assets.copy_durably(content, folder / name)
                 else:
