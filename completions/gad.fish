@@ -954,7 +954,7 @@ complete -c gad -n '__fish_seen_subcommand_from merge' -l out -d 'Output folder;
 complete -c gad -n '__fish_seen_subcommand_from merge' -s o -d 'Output folder; must not exist.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l base -d 'Model to take config and tokenizer from if the checkpoint has none.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l hf-model-path -d 'Model to take config and tokenizer from if the checkpoint has none.'
-complete -c gad -n '__fish_seen_subcommand_from merge' -l dtype -d 'float32, bfloat16 or float16; default: unchanged.'
+complete -c gad -n '__fish_seen_subcommand_from merge' -l dtype -d 'float32, bfloat16, float16 or own (each tensor\'s)'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l max-shard-size -d 'Maximum size of an output file.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l no-verify -d 'Skip verification of shards, names and bytes.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l probe -d 'Also load the result with transformers and compare logits (small models).'
