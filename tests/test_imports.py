@@ -43,11 +43,16 @@ ROOMS = {
     "model": Room(5),
     "launch": Room(6, torch_free=True),
     "rollout": Room(6),
-    "evaluate": Room(7, torch_free=True, but_for=("evaluate.fresh_discriminator", "evaluate.given_discriminator")),
+    "evaluate": Room(
+        7,
+        torch_free=True,
+        but_for=("evaluate.fresh_discriminator", "evaluate.given_discriminator", "evaluate.teacher_logprob"),
+    ),
     "train": Room(8),
-    "demo": Room(9, torch_free=True, but_for=("demo.tiny_model",)),
-    "cli": Room(10, torch_free=True),
-    "__main__": Room(11, torch_free=True),
+    "arena": Room(9, torch_free=True),
+    "demo": Room(10, torch_free=True, but_for=("demo.tiny_model",)),
+    "cli": Room(11, torch_free=True),
+    "__main__": Room(12, torch_free=True),
 }
 
 

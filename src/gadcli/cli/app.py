@@ -55,6 +55,7 @@ COMMANDS: dict[str, Entry] = {
     "preset": Entry("Prepare", "preset:app", "List, show and diff presets."),
     "train": Entry("Train", "train:app", "Run one stage: seqkd, warmup or gad."),
     "run": Entry("Train", "train:run", "Run all stages in order; each starts from the previous one's result."),
+    "arena": Entry("Train", "demo:arena", "Compare training methods from one start on equal terms."),
     "monitor": Entry("Watch", "monitor:monitor", "Live dashboard of a running or finished run."),
     "why": Entry("Watch", "monitor:why", "Diagnose a run: symptoms, evidence, cause, and the override that fixes it."),
     "samples": Entry("Watch", "monitor:samples", "Show stored samples with their discriminator scores."),

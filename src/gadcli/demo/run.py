@@ -6,7 +6,6 @@ a demo that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -23,7 +22,6 @@ from gadcli.launch.display import say
 from gadcli.launch.environment import with_bytecode
 from gadcli.launch.pipeline import warn
 from gadcli.launch.stage import StageRequest, run_stage
-from gadcli.metrics.record import METRICS_FILE
 
 QUICK_EVERYWHERE = ["data.val_rows=12", "rollout.kv_cache_gb=0.25"]
 QUICK = {
@@ -88,7 +86,7 @@ class Demo:
     def _stage(self, name: str, stage: str, models: dict[str, str], extra: list[str]) -> int:
         """Run one stage in its own folder; skip it if it has ended well, resume it if it was interrupted."""
         folder = self.folder / name
-        if ended_well(folder):
+        if folders.ended_well(folder):
             return int(ExitCode.OK)
         data = {"data.train_files": f"[{self.folder / 'data' / 'train.parquet'}]",
                 "data.val_files": f"[{self.folder / 'data' / 'test.parquet'}]"}  # fmt: skip
@@ -133,16 +131,3 @@ class Demo:
             )
             error.exit_code = ExitCode(done.returncode) if done.returncode in set(ExitCode) else ExitCode.BUG
             raise error
-
-
-def ended_well(folder: Path) -> bool:
-    """Whether a stage's last record says that it was done."""
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return False
-    lines = path.read_text().splitlines()
-    try:
-        last = json.loads(lines[-1]) if lines else {}
-    except ValueError:  # torn by a kill
-        return False
-    return last.get("type") == "end" and last.get("code") == 0

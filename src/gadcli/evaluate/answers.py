@@ -51,6 +51,7 @@ class AnswerRequest:
     seed: int = 1
     discriminator: str = ""
     discriminator_values: str = "last"
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class AnswerSet:
     dropped: int
     seconds: float
     scores: list[tuple[float, float]] | None = None  # a given discriminator's, (student, teacher), by sample
+    teacher_logps: list[float] | None = None  # a given teacher's mean log-prob per token, by sample
 
     def first_draws(self) -> dict[int, Sample]:
         """Each row's first answer."""
@@ -125,13 +127,16 @@ def _collect(folder: Path, request: AnswerRequest, nproc: int, seconds: float) -
     records = sorted((json.loads(line) for line in lines), key=lambda r: (r["row"], r["draw"]))
     lines = [line for rank in range(nproc) for line in _text_of(folder / f"scores_{rank}.jsonl").splitlines()]
     scored = {(r["row"], r["draw"], r["temperature"]): (r["student"], r["teacher"]) for r in map(json.loads, lines)}
+    lines = [line for rank in range(nproc) for line in _text_of(folder / f"teacher_{rank}.jsonl").splitlines()]
+    likely = {(r["row"], r["draw"], r["temperature"]): r["logp"] for r in map(json.loads, lines)}
     sets = []
     for temperature in request.temperatures:
         own = [record for record in records if record["temperature"] == temperature]
         samples = [Sample(**record["sample"]) for record in own]
         row_ids = [record["row"] for record in own]
         scores = [scored[r["row"], r["draw"], temperature] for r in own] if request.discriminator else None
-        sets.append(AnswerSet(request.model, temperature, samples, row_ids, plan["dropped"], seconds, scores))
+        logps = [likely[r["row"], r["draw"], temperature] for r in own] if request.teacher else None
+        sets.append(AnswerSet(request.model, temperature, samples, row_ids, plan["dropped"], seconds, scores, logps))
     return sets
 
 
@@ -196,7 +201,7 @@ def work(folder: Path, rank: int) -> None:
         engine=request.engine,
         max_model_len=max_model_len,
         max_num_seqs=request.max_num_seqs,
-        gpu_memory_utilization=0.5 if request.discriminator else 0.85,
+        gpu_memory_utilization=0.5 if request.discriminator or request.teacher else 0.85,
     )
     sampler = build_sampler(rollout, model_path, world, eos_ids=chat.end_ids, dtype=request.dtype, seed=request.seed)
     critic = None
@@ -210,12 +215,16 @@ def work(folder: Path, rank: int) -> None:
     drawn: list[Drawn] = []
     with (folder / f"answers_{rank}.jsonl").open("w", encoding="utf-8") as file:
         for one in _draw(request, data, sampler, range(rank, len(data), world.size)):
-            drawn += [one] if critic is not None else []
+            drawn += [one] if critic is not None or request.teacher else []
             for record in _records(one, tokenizer):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
     if critic is not None:
         _score(critic, drawn, folder / f"scores_{rank}.jsonl")
+    if request.teacher:
+        from gadcli.evaluate.teacher_logprob import Teacher
+
+        _ask_teacher(Teacher(request.teacher, request.dtype, world), drawn, tokenizer, folder / f"teacher_{rank}.jsonl")
     sampler.close()
 
 
@@ -266,6 +275,17 @@ def _score(critic: Any, drawn: list[Drawn], path: Path) -> None:
         for draw, student in enumerate(students):
             place = {"row": one.row.row_id, "draw": draw, "temperature": one.temperature}
             lines.append(json.dumps({**place, "student": student, "teacher": teacher}))
+    path.write_text("\n".join(lines))
+
+
+def _ask_teacher(teacher: Any, drawn: list[Drawn], tokenizer: Any, path: Path) -> None:
+    """All answers through a given teacher. Collective."""
+    places, answers = [], []
+    for one in drawn:
+        for draw, answer in enumerate(one.answers):
+            places.append({"row": one.row.row_id, "draw": draw, "temperature": one.temperature})
+            answers.append((one.row.messages, tokenizer.decode(answer.ids, skip_special_tokens=True), answer.finished))
+    lines = [json.dumps({**at, "logp": logp}) for at, logp in zip(places, teacher.logprobs(answers), strict=True)]
     path.write_text("\n".join(lines))
 
 

@@ -37,6 +37,19 @@ def holds_run(folder: Path) -> bool:
     return any(folder.glob("global_step_*")) or _has_steps(folder / METRICS_FILE)
 
 
+def ended_well(folder: Path) -> bool:
+    """Whether a run's last record says that it was done."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return False
+    lines = path.read_text().splitlines()
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except ValueError:  # torn by a kill
+        return False
+    return last.get("type") == "end" and last.get("code") == 0
+
+
 def can_resume(folder: Path) -> bool:
     """Whether a run was begun here; one that was killed before its first checkpoint begins again."""
     return (folder / CONFIG_FILE).exists()
