@@ -350,3 +350,22 @@ def test_every_key_has_a_meaning_and_a_legal_default() -> None:
             assert leaf.min is None or leaf.default >= leaf.min, leaf.key
             assert leaf.max is None or leaf.default <= leaf.max, leaf.key
     assert list(schema_leaves()) == list(flatten(GadConfig()))
+
+
+def test_entries_of_a_mapping_come_from_files_and_words_and_are_merged(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "data:\n  template_kwargs:\n    enable_thinking: false\n    date_string: 26 Jul 2024\n    depth: 2\n"
+    )
+    words = ["data.template_kwargs={depth: 3, note: 'yes', list: [1, x]}", "data.template_kwargs.enable_thinking=true",
+             "data.apply_chat_template_kwargs.flag=null"]  # fmt: skip
+    found = resolve("gad", None, config, {}, words)
+    expected = {"enable_thinking": True, "date_string": "26 Jul 2024", "depth": 3, "note": "yes", "list": [1, "x"],
+                "flag": None}  # fmt: skip
+    assert found.config.data.template_kwargs == expected
+    again = tmp_path / "again.yaml"
+    again.write_text(found.to_yaml())
+    assert load_resolved(again).data.template_kwargs == expected
+    for word in ("data.template_kwargs=7", "data.template_kwargs={a: ${oc.env:HOME}}", "data.template_kwargs={a: }}"):
+        with pytest.raises(ConfigError, match=r"data\.template_kwargs"):
+            resolve("gad", None, None, {}, [word])

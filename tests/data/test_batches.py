@@ -220,3 +220,33 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(write: Write, tmp_pat
     data = open_dataset([], ChatTokenizer.from_folder(model_folder), config(path), 2048, "train", cache)
     assert len(data) == 6000
     assert not list(cache.glob("*.building"))
+
+
+def several(n: int) -> list[tuple[Any, Any]]:
+    """Row i has 1 + i % 3 answers."""
+    return [(user(f"question {i}"), [f"answer {i} {k}" for k in range(1 + i % 3)]) for i in range(n)]
+
+
+def test_each_answer_of_a_list_is_an_item_and_a_row_has_its_answers_in_turn(
+    write: Write, tmp_path: Path, tokenizer: Any
+) -> None:
+    path = write(several(6), "rows.jsonl")
+    rows = open_dataset([], tokenizer, config(path), 2048, "train", tmp_path / "c")
+    assert (len(rows), rows.n_rows, rows.several_answers) == (6, 6, True)
+    assert [rows.answer(2, draw).teacher for draw in range(4)] == [f"answer 2 {k}" for k in (0, 1, 2, 0)]
+    assert [rows.answer(3, draw).teacher for draw in (0, 1, 7)] == ["answer 3 0"] * 3
+    each = open_dataset([], tokenizer, config(path), 2048, "train", tmp_path / "c", each_answer=True)
+    assert [row.teacher for row in each] == [answer for _, answers in several(6) for answer in answers]
+    assert len(each) == 12 and each.n_rows == 6 and {row.row_id for row in each} == set(range(6))
+    assert each[4].prompt_ids == rows[2].prompt_ids and each[4].teacher_ids == rows.answer(2, 1).teacher_ids
+
+
+def test_rows_with_several_answers_are_held_out_whole(write: Write, tmp_path: Path, tokenizer: Any) -> None:
+    path = write(several(30), "rows.jsonl")
+    cfg = config(path, val_rows=8)
+    train = open_dataset([], tokenizer, cfg, 2048, "train", tmp_path / "c", each_answer=True)
+    val = open_dataset([], tokenizer, cfg, 2048, "val", tmp_path / "c")
+    held = {row.row_id for row in val}
+    assert len(val) == len(held) == 8 and train.n_rows == 22
+    assert not held & {row.row_id for row in train}
+    assert len(train) == sum(1 + i % 3 for i in range(30) if i not in held)

@@ -260,3 +260,66 @@ def test_ends_and_starts_that_do_not_fit_the_tokenizer_are_said() -> None:
 # ---- tools ----
 
 TIME = [{"type": "function", "function": {"name": "get_time", "description": "d", "parameters": {"type": "object"}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": '{"place": "Rome"}'}}
+WITH_CALL = [
+    *user("What time is it in Rome?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "12:00", "tool_call_id": "c1", "name": "get_time"},
+]
+
+
+def test_tools_calls_and_results_are_rendered(tmp_path: Path) -> None:
+    tokens = chat_tokenizer(TOOLS, *IM, eos="<|im_end|>")
+    found, findings = tokenised(tmp_path, tokens, WITH_CALL, "Noon.", tools=TIME)
+    prompt, answer = texts(tokens, found)
+    assert findings == [] and answer == "Noon.<|im_end|>"
+    assert '<tool_call>get_time({"place": "Rome"})</tool_call>' in prompt  # arguments as a dict, not as quoted text
+    assert "tool\n12:00<|im_end|>" in prompt and '"name": "get_time"' in prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (CHATML, "tool calls (get_time)"),
+        (TOOLS.replace("{{ t | tojson }}", ""), "the tools (get_time)"),
+        (TOOLS.replace("{{ c.function.name }}", "call"), "tool calls (get_time)"),
+        (TOOLS.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), "message 3, of role 'tool'"),
+    ],
+)
+def test_a_template_without_tools_refuses_them_by_name(template: str, what: str, tmp_path: Path) -> None:
+    tokens = chat_tokenizer(template, *IM, eos="<|im_end|>")
+    found, findings = tokenised(tmp_path, tokens, WITH_CALL, "Noon.", tools=TIME)
+    assert found.rows == [] and [f.reason for f in findings] == ["template_leaves_out"]
+    assert what in findings[0].message
+
+
+# ---- several turns, several answers ----
+
+CHAT = [*user("One?"), {"role": "assistant", "content": "1."}, *user("Two?"), {"role": "assistant", "content": "2."}]
+EACH = Style(turns="each")
+
+
+def test_each_assistant_turn_is_trained_with_its_end(tmp_path: Path) -> None:
+    tokens = chat_tokenizer(CHATML, *IM, eos="<|im_end|>")
+    found, findings = tokenised(tmp_path, tokens, [*CHAT, *user("Three?")], "3.", EACH)
+    answer = found.answers[0][0]
+    trained, at = [], 0
+    for start, end in [*answer.untrained, (len(answer.ids), len(answer.ids))]:
+        trained.append(tokens.decode(answer.ids[at:start]))
+        at = end
+    assert findings == [] and trained == ["1.<|im_end|>", "2.<|im_end|>", "3.<|im_end|>"]
+    assert texts(tokens, found)[0] == "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
+    last, _ = tokenised(tmp_path, tokens, [*CHAT, *user("Three?")], "3.")
+    assert found.prompts[0] + answer.ids == last.prompts[0] + last.answers[0][0].ids
+
+
+def test_each_turn_is_refused_where_the_template_writes_earlier_turns_otherwise(tmp_path: Path) -> None:
+    _, findings = tokenised(tmp_path, think(QWEN3), [*CHAT, *user("Three?")], "3.", EACH)
+    assert [f.reason for f in findings] == ["turn_rewritten"]  # Qwen3 writes the empty block in last turns only
+
+
+def test_every_answer_of_a_list_is_tokenised_and_named_by_its_number(tmp_path: Path) -> None:
+    tokens = FAMILIES["gemma"][0]()
+    found, findings = tokenised(tmp_path, tokens, user(QUESTION), ["It is two.", "Two.<eos>"])
+    assert [tokens.decode(a.ids) for a in found.answers[0]] == ["It is two.<end_of_turn>", "Two.<end_of_turn>"]
+    assert [(f.reason, f.field) for f in findings] == [("end_in_answer", "teacher_response[1]")]

@@ -164,6 +164,10 @@ class ChatTokenizer:
                 return list(ids[1:])
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
     def _ids_around_texts(self) -> tuple[list[int], list[int]]:
         bare = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a", add_special_tokens=True).ids

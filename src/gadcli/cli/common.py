@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from gadcli.config.schema import GadConfig
 
 PresetOption = Annotated[
     str | None, typer.Option("--preset", "-p", metavar="NAME", help="Preset name, or a YAML file in the same format.")
@@ -36,6 +40,10 @@ ForceOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key: data.turns=each. May be repeated."),
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides by dotted key: actor.optim.lr=3e-6.", show_default=False),
@@ -54,6 +62,14 @@ FLAG_KEYS = {
 def stage_flags(**given: Any) -> dict[str, Any]:
     """Flags by parameter name (FLAG_KEYS) to config keys, for `resolve(flags=…)`; those not given (None) drop out."""
     return {FLAG_KEYS[name]: value for name, value in given.items() if value is not None}
+
+
+def overridden(stage: str, preset: str | None, overrides: Sequence[str]) -> GadConfig:
+    """The config of a stage as a preset and KEY=VALUE words have it; the schema's defaults without either."""
+    from gadcli.config.resolve import resolve
+    from gadcli.config.schema import GadConfig
+
+    return resolve(stage, preset, None, {}, list(overrides)).config if preset or overrides else GadConfig()
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gadcli.cli import data_collect
-from gadcli.cli.common import JsonOption, QuietOption, print_json
+from gadcli.cli.common import JsonOption, QuietOption, SetOption, overridden, print_json
 
 if TYPE_CHECKING:
     from gadcli.chat.tokenize import ChatTokenizer
@@ -46,24 +46,16 @@ def note(text: str, quiet: bool = False) -> None:
         print(text, file=sys.stderr)
 
 
-def open_tokenizer(model: str) -> ChatTokenizer:
-    """The tokenizer of a model folder, .gguf or checkpoint; torch is imported only where a conversion needs it."""
+def open_tokenizer(model: str, cfg: GadConfig) -> ChatTokenizer:
+    """The tokenizer and template of a model folder, .gguf or checkpoint; a conversion alone imports torch."""
     from gadcli.chat.tokenize import ChatTokenizer
 
     folder = Path(model).expanduser()
     if (folder / "tokenizer.json").is_file():
-        return ChatTokenizer.from_folder(folder)
+        return ChatTokenizer.from_folder(folder, cfg.data.template_kwargs)
     from gadcli.checkpoint.resolve_model import resolve_model
 
-    return ChatTokenizer.from_folder(resolve_model(model))
-
-
-def preset_config(preset: str | None, stage: str) -> GadConfig:
-    """A preset's resolved stage, or the schema's defaults."""
-    from gadcli.config.resolve import resolve
-    from gadcli.config.schema import GadConfig
-
-    return resolve(stage, preset, None, {}, []).config if preset else GadConfig()
+    return ChatTokenizer.from_folder(resolve_model(model), cfg.data.template_kwargs)
 
 
 def pick_keys(cfg: GadConfig, prompt_key: str | None, response_key: str | None) -> tuple[str, str]:
@@ -86,6 +78,7 @@ def analyze_tokens(
     ] = None,
     prompt_key: PromptKeyOption = None,
     response_key: ResponseKeyOption = None,
+    settings: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -97,9 +90,9 @@ def analyze_tokens(
     from gadcli.data.report import analysis_lines
     from gadcli.errors import DataError
 
-    cfg = preset_config(preset, stage)
+    cfg = overridden(stage, preset, settings or [])
     with Progress("analyse", quiet) as bar:
-        found = analyse(files, pick_keys(cfg, prompt_key, response_key), open_tokenizer(tokenizer), bar)
+        found = analyse(files, pick_keys(cfg, prompt_key, response_key), open_tokenizer(tokenizer, cfg), bar)
     summary, fields = found.summary, found.fields
     for line in summary.lines():
         note(line, quiet)
@@ -174,11 +167,15 @@ def check(
     ] = 0,
     prompt_key: PromptKeyOption = None,
     response_key: ResponseKeyOption = None,
+    settings: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Validate every row; exit code 3 if any is invalid."""
+    from dataclasses import replace
+
     from gadcli.data.audit import CheckSpec, verdict
+    from gadcli.data.tokens import Style
     from gadcli.errors import ConfigError
 
     one_of("--truncation", truncation, ("error", "left", "right", "drop"))
@@ -189,10 +186,11 @@ def check(
         raise ConfigError("token limits, --show-mask and --fix trim need a tokenizer", "-t MODEL")
     if fix is not None and out is None:
         raise ConfigError("--fix writes a clean copy and was not told where", "-o clean.parquet")
-    cfg = preset_config(preset, stage)
+    cfg = overridden(stage, preset, settings or [])
     spec = CheckSpec(
         keys=pick_keys(cfg, prompt_key, response_key),
-        tokenizer=open_tokenizer(tokenizer) if tokenizer else None,
+        tokenizer=open_tokenizer(tokenizer, cfg) if tokenizer else None,
+        style=replace(Style.of(cfg), turns=cfg.data.turns), reads=cfg.critic.reads,
         limits=limits_of(cfg if preset else None, given, truncation),
         strict=strict, on_bad_row=on_bad_row, batch_size=batch_size, fix=fix or "", out=out, val=val or [],
     )  # fmt: skip
@@ -266,22 +264,28 @@ def open_findings(path: Path) -> Any:
 
 
 def print_masks(files: list[str], spec: CheckSpec, n: int) -> None:
-    """Rows as the student sees them: given tokens plain, trained ones coloured and parted, EOS visible."""
+    """Rows as the student sees them: given tokens plain, trained ones coloured and parted, EOS visible; what the
+    discriminator does not read in double parentheses."""
     import os
     from itertools import groupby
 
     from gadcli.data.audit import masks
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    green = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    around = {"prompt": ("", ""), "other": ("", ""), "trained": green, "unread": ("((", "))")}
     for mask in masks(files, spec, n):
         print("-" * 40)
         for kind, group in groupby(mask.pieces, key=lambda piece: piece[0]):
             pieces = [text for _, text in group]
-            trained = "|".join(piece.replace("\n", "\\n") for piece in pieces)
-            shown = f"\x1b[32m{trained}\x1b[0m" if colour else f"[[{trained}]]"
-            print(shown if kind == "trained" else "".join(pieces), end="")
-        given = mask.tokens["prompt"] + mask.tokens.get("other", 0)
-        print(f"\n-- {given} given tokens, not trained; {mask.tokens['trained']} trained, EOS included")
+            given = kind in ("prompt", "other")
+            text = "".join(pieces) if given else "|".join(piece.replace("\n", "\\n") for piece in pieces)
+            print(around[kind][0] + text + around[kind][1], end="")
+        count = mask.tokens
+        print(f"\n-- {count['prompt'] + count['other']} prompt tokens, not trained; "
+              f"{count['trained'] + count['unread']} trained, EOS included")  # fmt: skip
+        if count["unread"]:
+            print(f"-- {count['unread']} of them not read by the discriminator: ((…)), critic.reads=answer")
         for remark in mask.remarks:
             print(f"-- {remark}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gadcli.cli.common import JsonOption, QuietOption
+from gadcli.cli.common import JsonOption, QuietOption, overridden
 
 if TYPE_CHECKING:
     from gadcli.dashboard.progress import Progress
@@ -51,6 +51,12 @@ def main(
     discriminator_values: Annotated[
         str, typer.Option(metavar="V", help="critic.values of its run: last or all.")
     ] = "last",
+    reads: Annotated[
+        str, typer.Option(metavar="V", help="Its run's critic.reads: all or answer (lengths count the same).")
+    ] = "all",
+    template_kwargs: Annotated[
+        str, typer.Option(metavar="YAML", help="Variables for the chat template: '{enable_thinking: false}'.")
+    ] = "{}",
     judge_url: Annotated[
         str | None,
         typer.Option(
@@ -74,10 +80,13 @@ def main(
     """Evaluate a model on held-out rows: overlap, lengths, a new discriminator and, if given, a judge."""
     from gadcli.dashboard.progress import Progress
     from gadcli.data.read.choose import choose_files
+    from gadcli.errors import ConfigError
     from gadcli.evaluate.answers import AnswerRequest
 
     temperatures = tuple(dict.fromkeys(temperature or [0.0]))
     _check(engine, device, temperatures, judge_url, judge_model, discriminator_values)
+    if reads not in ("all", "answer"):
+        raise ConfigError(f"--reads is {reads}", "all or answer, as the run's critic.reads")
     judge = None
     if judge_url:
         from gadcli.evaluate.judge import judge_endpoint
@@ -90,7 +99,8 @@ def main(
         model=model, files=tuple(chosen.files), temperatures=temperatures, n=n, rows=rows,
         max_prompt_length=max_prompt_length, max_response_length=max_response_length, prompt_key=prompt_key,
         response_key=response_key, engine=engine, device=device, seed=seed, discriminator=discriminator,
-        discriminator_values=discriminator_values,
+        discriminator_values=discriminator_values, reads=reads,
+        template_kwargs=overridden("gad", None, [f"data.template_kwargs={template_kwargs}"]).data.template_kwargs,
     )  # fmt: skip
     with Progress("answers", quiet, last=True) as bar:
         sets = _draw(request, against, bar)

@@ -104,6 +104,16 @@ class Checker:
             hint = f"rollout.max_model_len={total}" + (f" or data.max_prompt_length={room}" if room > 0 else "")
             self.fail("rollout.max_model_len", message, hint)
 
+    def turns(self) -> None:
+        cfg = self.cfg
+        if cfg.data.turns == "each" and cfg.stage == "seqkd":
+            if cfg.actor.objective != "sft":
+                message = f"data.turns is each, but actor.objective={cfg.actor.objective} learns from single answers"
+                self.fail("data.turns", message, "data.turns=last")
+            if cfg.data.truncation in ("left", "right"):
+                message = f"data.truncation is {cfg.data.truncation}, but chats of several trained turns are not cut"
+                self.fail("data.truncation", message, "data.truncation=drop")
+
     def trainer(self) -> None:
         trainer = self.cfg.trainer
         for name in trainer.logger:
@@ -325,6 +335,7 @@ def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None
     checker.groups()
     checker.division()
     checker.lengths()
+    checker.turns()
     checker.trainer()
     checker.tensor_parallel()
     checker.unsupported()

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from gadcli.config.rewards import reward_specs
-from gadcli.config.tree import PATH_KEYS, Leaf, schema_leaves, schema_sections
+from gadcli.config.tree import MAPPING, PATH_KEYS, Leaf, schema_leaves, schema_sections
 from gadcli.config.verl_names import RENAMED, instead_of, renamed
 from gadcli.errors import ConfigError
 
@@ -233,6 +233,9 @@ def settings_in(node: yaml.MappingNode, name: str, prefix: str = "") -> Iterator
 def _settings_in(node: yaml.MappingNode, name: str, prefix: str) -> Iterator[Setting]:
     for key, value_node, origin in items(node, name, prefix):
         if isinstance(value_node, yaml.MappingNode):
+            if (leaf := schema_leaves().get(canonical_key(key))) is not None and leaf.kind == MAPPING:
+                yield typed(leaf, value_node, origin)
+                continue
             if not is_section(key):
                 raise _mistyped(leaf_for(key, origin), "a section", origin)  # leaf_for raises for what is unknown
             yield from _settings_in(value_node, name, f"{key}.")
@@ -247,6 +250,8 @@ def typed(leaf: Leaf, node: yaml.Node, origin: str) -> Setting:
     value: Any
     if leaf.kind == list[Any]:
         value = _entries(leaf, node, origin)
+    elif leaf.kind == MAPPING:
+        value = _mapping(leaf, node, origin)
     elif isinstance(node, yaml.SequenceNode):
         if leaf.kind != list[str]:
             raise _mistyped(leaf, "a list", origin)
@@ -280,6 +285,29 @@ def _entries(leaf: Leaf, node: yaml.Node, origin: str) -> list[dict[str, Any]]:
     return entries
 
 
+def _mapping(leaf: Leaf, node: yaml.Node | None, origin: str) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise _mistyped(leaf, "something else", origin, f"{leaf.key}={{enable_thinking: false}}")
+    return {key: _guessed(leaf, value, where) for key, value, where in items(node, origin)}
+
+
+def _guessed(leaf: Leaf, node: yaml.Node, origin: str) -> Any:
+    """A value that no schema types: true, false, null and numbers as what they look like, all else as text."""
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(leaf, node, origin)
+    if isinstance(node, yaml.SequenceNode):
+        return [_guessed(leaf, item, origin) for item in node.value]
+    text = node.value
+    check_interpolation(leaf.key, text, origin)
+    if node.style in ("'", '"'):
+        return text
+    if text in NULLS:
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if INT.match(text) else float(text) if FLOAT.match(text) else text
+
+
 def _number_or_text(leaf: Leaf, node: yaml.Node, origin: str) -> Any:
     if not isinstance(node, yaml.ScalarNode):
         raise _mistyped(leaf, "an entry with more than texts and numbers", origin)
@@ -303,19 +331,23 @@ def read_override(word: str) -> Setting:
         )
     if key.startswith("rewards.") and key.count(".") == 2:  # rewards.NAME.KEY, applied to the list once it is known
         return Setting(key, _unquote(text)[0], COMMAND_LINE)
+    owner, _, entry = key.strip().rpartition(".")
+    if (known := schema_leaves().get(canonical_key(owner))) is not None and known.kind == MAPPING:  # KEY.ENTRY=VALUE
+        return Setting(known.key, convert_word(known, f"{{{entry}: {text}}}"), COMMAND_LINE)
     leaf = leaf_for(key.strip(), f"{COMMAND_LINE}: {word}")
     return Setting(leaf.key, convert_word(leaf, text), COMMAND_LINE)
 
 
 def convert_word(leaf: Leaf, text: str) -> Any:
-    """The VALUE of a word: a list as `[a, 'b,c']` or one text, in quotes to be taken as it is; `rewards` as YAML."""
+    """The VALUE of a word: a list as `[a, 'b,c']` or one text, in quotes to be taken as it is; `rewards` and
+    mappings as YAML."""
     value: Any
-    if leaf.kind == list[Any]:
+    if leaf.kind in (list[Any], MAPPING):
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
             raise _mistyped(leaf, text, COMMAND_LINE) from error
-        return _entries(leaf, node, COMMAND_LINE)
+        return _entries(leaf, node, COMMAND_LINE) if leaf.kind == list[Any] else _mapping(leaf, node, COMMAND_LINE)
     if leaf.kind == list[str]:
         value = _list_of(leaf, text.strip())
     else:

@@ -71,7 +71,8 @@ def resolve(
             values["rewards"] = override(values.get("rewards", []), name, key, setting.value)
             reward_specs(values["rewards"])
             continue
-        values[setting.key] = setting.value
+        merges = isinstance(setting.value, dict)
+        values[setting.key] = {**values.get(setting.key, {}), **setting.value} if merges else setting.value
         origins[setting.key] = setting.origin
     values["stage"] = stage
     values["preset"] = preset or ""

@@ -168,6 +168,12 @@ class CriticConfig:
     micro_batch_tokens: int = opt(16384, "tokens per micro-batch and device", min=1)
     loss: str = opt("original", "discriminator loss", choices=LOSS_NAMES)
     values: str = opt("last", "response tokens that carry a value: the last one, or all", choices=("last", "all"))
+    reads: str = opt(
+        "all",
+        "what the discriminator reads of an answer: all of it, or what stands outside <think>…</think> (answer); norm "
+        "and all length metrics count the same",
+        choices=("all", "answer"),
+    )
     v1: V1LossConfig = sub(V1LossConfig)
     v2: V2LossConfig = sub(V2LossConfig)
     v2_raw: V2RawLossConfig = sub(V2RawLossConfig)
@@ -201,6 +207,15 @@ class DataConfig:
     val_files: list[str] = opt([], "held-out files; empty splits val_rows off the training file by content hash")
     prompt_key: str = opt("content", "column of chat messages")
     response_key: str = opt("teacher_response", "column of the teacher's answer")
+    template_kwargs: dict[str, Any] = opt(
+        {},
+        "variables for the student's chat template, e.g. {enable_thinking: false}; later settings add to earlier ones",
+    )
+    turns: str = opt(
+        "last",
+        "assistant turns that seqkd trains on: the teacher's answer alone (last), or those of the prompt too (each)",
+        choices=("last", "each"),
+    )
     train_batch_size: int = opt(128, "prompts per step, over all devices", min=1)
     max_prompt_length: int = opt(1024, "maximum prompt length in tokens, chat template included", min=1)
     max_response_length: int = opt(256, "maximum answer length in tokens, end token included", min=1)

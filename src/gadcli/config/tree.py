@@ -35,11 +35,12 @@ NEUTRAL_KEYS = (
     "fsdp.timeout_s",
     "health.on_bad",
 )
+MAPPING = dict[str, Any]  # the kind of a key that holds entries of the user's own; settings of it are merged
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One key of the schema; bounds are inclusive. `kind` is str, int, float, bool, list[str] or list[Any]."""
+    """One key of the schema; bounds are inclusive. `kind` is str, int, float, bool, list[str], list[Any] or MAPPING."""
 
     key: str
     kind: Any
@@ -51,8 +52,9 @@ class Leaf:
 
     @property
     def kind_name(self) -> str:
-        names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        return names.get(self.kind, "a list of texts" if self.kind == list[str] else "a list of {key: value} entries")
+        names: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        names |= {list[str]: "a list of texts", MAPPING: "{key: value, …}"}
+        return names.get(self.kind, "a list of {key: value} entries")
 
 
 def _walk(node: Any, prefix: str) -> dict[str, Leaf]:

@@ -16,6 +16,7 @@ RENAMED = {
     "actor_rollout_ref.model.": "actor.model.",
     "actor_rollout_ref.actor.": "actor.",
     "actor_rollout_ref.rollout.": "rollout.",
+    "data.apply_chat_template_kwargs": "data.template_kwargs",
     "trainer.experiment_name": "trainer.exp_name",
     "trainer.default_local_dir": "trainer.output_dir",
     "trainer.n_gpus_per_node": "trainer.nproc",

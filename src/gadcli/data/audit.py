@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from gadcli.chat.thinking import AnswerReader
 from gadcli.chat.tokenize import ChatTokenizer
 from gadcli.data.check import Progress, account, failure, open_files, scan_rows
 from gadcli.data.duplicates import DuplicateCounter, hashes
@@ -39,6 +40,7 @@ class CheckSpec:
     tokenizer: ChatTokenizer | None = None
     limits: Limits | None = None
     style: Style = Style()
+    reads: str = "all"  # of an answer by the discriminator, for `masks`
     strict: bool = False
     on_bad_row: str = "error"
     batch_size: int = 1
@@ -188,11 +190,11 @@ def verdict(summary: Summary, spec: CheckSpec) -> DataError | None:
 
 @dataclass(frozen=True)
 class Mask:
-    """A row's tokens as texts, and what is done with each: "prompt" (given), "trained" or "other" (another speaker's
-    turn between trained ones, `data.turns=each`)."""
+    """A row's tokens as texts, and what is done with each: "prompt" (given), "trained", "unread" (trained, but no
+    discriminator reads it) or "other" (another speaker's turn between trained ones, `data.turns=each`)."""
 
     pieces: list[tuple[str, str]]
-    tokens: dict[str, int]
+    tokens: Counter[str]
     remarks: list[str]
 
 
@@ -209,18 +211,21 @@ def masks(patterns: list[str], spec: CheckSpec, n: int) -> Iterator[Mask]:
             n -= 1
             at = batch.first_row + row.row_id - batch.first_id
             remarks = [f"{f.reason}: {f.message}" for f in batch.findings if f.row == at]
-            yield _mask(spec.tokenizer.backend, prompt, answers[0], remarks)
+            unread = AnswerReader(spec.reads, spec.tokenizer.decode).hidden(prompt, answers[0].ids)
+            yield _mask(spec.tokenizer.backend, prompt, answers[0], unread, remarks)
 
 
-def _mask(backend: Any, prompt: list[int], answer: Answer, remarks: list[str]) -> Mask:
+def _mask(backend: Any, prompt: list[int], answer: Answer, unread: list[tuple[int, int]], remarks: list[str]) -> Mask:
     kinds = ["trained"] * len(answer.ids)
+    for start, end in unread:
+        kinds[start:end] = ["unread"] * (end - start)
     for start, end in answer.untrained:
         kinds[start:end] = ["other"] * (end - start)
     kinds = ["prompt"] * len(prompt) + kinds
     pieces: list[tuple[str, str]] = []
     for kind, group in groupby(zip(kinds, [*prompt, *answer.ids], strict=True), key=itemgetter(0)):
         pieces += [(kind, piece) for piece in _pieces(backend, [i for _, i in group])]
-    return Mask(pieces, dict(Counter(kinds)), remarks)
+    return Mask(pieces, Counter(kinds), remarks)
 
 
 def _pieces(backend: Any, ids: list[int]) -> list[str]:

@@ -38,6 +38,12 @@ class TokenizedRow:
     messages: list[Message]
     teacher: str
     untrained: Spans = ()
+    read: list[int] | None = None  # of teacher_ids, where the discriminator reads only a part (`critic.reads`)
+
+    @property
+    def read_ids(self) -> list[int]:
+        """What the discriminator reads of the teacher's answer."""
+        return self.teacher_ids if self.read is None else self.read
 
     @property
     def n_trained(self) -> int:
@@ -73,6 +79,11 @@ class Dataset:
     @property
     def kept(self) -> int:
         return self.total - self.dropped
+
+    @property
+    def several_answers(self) -> bool:
+        """Whether `answer` has a choice for some row."""
+        return self._each is None and len(self._index) > len(self._rows)
 
     @property
     def n_rows(self) -> int:

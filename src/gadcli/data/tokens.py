@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gadcli.chat.in_context import AnswerFault, Example, example, without_ends
 from gadcli.chat.template import TemplateRefusal
 from gadcli.chat.tokenize import ChatTokenizer
+from gadcli.config.schema import GadConfig
 from gadcli.data.read.findings import excerpt, printable
 from gadcli.data.read.rows import Row, RowBatch
 
@@ -38,6 +39,12 @@ class Style:
     turns: str = "last"
     hidden_thinking: bool = False
 
+    @staticmethod
+    def of(cfg: GadConfig) -> Style:
+        """What a stage trains on."""
+        hidden = cfg.critic.reads == "answer" and cfg.actor.objective in ("policy", "best_of_n")
+        return Style(cfg.data.turns if cfg.stage == "seqkd" else "last", hidden)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,6 +54,12 @@ class Answer:
     ids: list[int]
     text: str
     untrained: Spans = ()
+
+    @property
+    def longest_turn(self) -> int:
+        """Tokens of the longest stretch that is trained, the end token included."""
+        edges = [0, *(edge for span in self.untrained for edge in span), len(self.ids)]
+        return max(end - start for start, end in zip(edges[::2], edges[1::2], strict=True))
 
 
 @dataclass
@@ -189,10 +202,10 @@ def limit(found: TokenBatch, limits: Limits) -> tuple[TokenBatch, int]:
             )
         cuts = prompt_cut
         for n, answer in enumerate(answers):
-            a = len(answer.ids)
-            too_long = a > limits.max_response
+            a, turn = len(answer.ids), answer.longest_turn
+            too_long = turn > limits.max_response
             if too_long and not cutting:
-                message = f"teacher's answer is {a} tokens with EOS, max_response_length {limits.max_response}"
+                message = f"teacher's answer is {turn} tokens with EOS, max_response_length {limits.max_response}"
                 faults.append(("teacher_too_long", message, answer_field(batch, row, n)))
             cuts = cuts or too_long
             both = min(p, limits.max_prompt) + min(a, limits.max_response) if cutting else p + a

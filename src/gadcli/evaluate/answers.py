@@ -14,10 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gadcli.chat.thinking import AnswerReader
 from gadcli.errors import ExitCode, GadError
 from gadcli.evaluate.text import Sample
 from gadcli.launch.environment import ENGINE_VARIABLES, processes_here
@@ -52,6 +53,8 @@ class AnswerRequest:
     discriminator: str = ""
     discriminator_values: str = "last"
     teacher: str = ""
+    reads: str = "all"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def work(folder: Path, rank: int) -> None:
         max_response_length=request.max_response_length,
         truncation="drop",
     )
-    chat = ChatTokenizer.of(tokenizer, model_path)
+    chat = ChatTokenizer.of(tokenizer, model_path, request.template_kwargs)
     style = Style(hidden_thinking=True)  # nobody is trained on these answers
     data = open_dataset(list(request.files), chat, data_cfg, max_model_len, split="val", style=style)
     total = sum(len(data) * (request.n if temperature else 1) for temperature in request.temperatures)
@@ -212,15 +215,16 @@ def work(folder: Path, rank: int) -> None:
         critic = load_discriminator(
             request.discriminator, request.discriminator_values, vocabulary, request.dtype, world
         )
+    read = AnswerReader(request.reads, chat.decode)
     drawn: list[Drawn] = []
     with (folder / f"answers_{rank}.jsonl").open("w", encoding="utf-8") as file:
         for one in _draw(request, data, sampler, range(rank, len(data), world.size)):
             drawn += [one] if critic is not None or request.teacher else []
-            for record in _records(one, tokenizer):
+            for record in _records(one, tokenizer, read):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
     if critic is not None:
-        _score(critic, drawn, folder / f"scores_{rank}.jsonl")
+        _score(critic, drawn, read, folder / f"scores_{rank}.jsonl")
     if request.teacher:
         from gadcli.evaluate.teacher_logprob import Teacher
 
@@ -250,26 +254,29 @@ def _draw(request: AnswerRequest, data: Any, sampler: Any, rows: range) -> Itera
             yield from (Drawn(row, answers, temperature) for row, answers in zip(part, drawn, strict=True))
 
 
-def _records(one: Drawn, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _records(one: Drawn, tokenizer: Any, read: AnswerReader) -> Iterator[dict[str, Any]]:
     """A prompt's answers as JSON objects."""
     for draw, answer in enumerate(one.answers):
         sample = Sample(
             student=tokenizer.decode(answer.ids, skip_special_tokens=True),
             teacher=one.row.teacher,
-            student_length=len(answer.ids),
-            teacher_length=len(one.row.teacher_ids),
+            student_length=len(read(one.row.prompt_ids, answer.ids)),
+            teacher_length=len(read(one.row.prompt_ids, one.row.teacher_ids)),
             finished=answer.finished,
             prompt=prompt_text(one.row.messages),
         )
         yield {"row": one.row.row_id, "draw": draw, "temperature": one.temperature, "sample": asdict(sample)}
 
 
-def _score(critic: Any, drawn: list[Drawn], path: Path) -> None:
+def _score(critic: Any, drawn: list[Drawn], read: AnswerReader, path: Path) -> None:
     """All answers through a given discriminator, the teacher's beside each prompt's. One collective call."""
     from gadcli.evaluate.given_discriminator import score
     from gadcli.model.packing import Group
 
-    groups = [Group(d.row.prompt_ids, [*(a.ids for a in d.answers), d.row.teacher_ids], d.row.row_id) for d in drawn]
+    groups = []
+    for one in drawn:
+        texts = [*(answer.ids for answer in one.answers), one.row.teacher_ids]
+        groups.append(Group(one.row.prompt_ids, [read(one.row.prompt_ids, ids) for ids in texts], one.row.row_id))
     lines = []
     for one, (*students, teacher) in zip(drawn, score(critic, groups), strict=True):
         for draw, student in enumerate(students):

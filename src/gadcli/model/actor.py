@@ -81,7 +81,7 @@ class Actor:
 
     def sft_update(self, groups: Sequence[Group]) -> Metrics:
         """One supervised step on teacher answers; the loss is divided by the teacher tokens of all ranks."""
-        (tokens,) = sum_over_ranks([sum(len(a) for g in groups for a in g.answers)])
+        (tokens,) = sum_over_ranks([sum(len(g.predicted(a)) for g in groups for a in g.answers)])
         metrics: Metrics = {}
         for indices, layout, weight in passes(self.model, groups, self.cfg.micro_batch_tokens, self.world):
             logp_N, entropy_N = self.model.answer_logprobs(layout, 1.0)

@@ -1,6 +1,7 @@
 """How prompts and their answers are laid out for a forward pass: packed into one row, each prompt once.
 
-Shapes: R rows (1 where packed), L tokens of a row, N answer tokens of all rows in (group, answer, position) order.
+Shapes: R rows (1 where packed), L tokens of a row, N predicted answer tokens of all rows in (group, answer, position)
+order: all of an answer's tokens but the untrained ones (`Group.untrained`).
 
 A group's prompt is forwarded once, its answers behind it, and the next group behind those: no token is padding. Each
 answer attends to its prompt and to itself (`engine.attention`), and its positions restart after the prompt, so every
@@ -22,16 +23,23 @@ import torch
 class Group:
     """One prompt with its answers (token ids, EOS included where the text ended).
 
-    `row_id` names the row of the data in errors.
+    `row_id` names the row of the data in errors. `untrained` are spans of the only answer that are forwarded without
+    being predicted: other speakers' turns (`data.turns=each`).
     """
 
     prompt_ids: list[int]
     answers: list[list[int]]
     row_id: int = -1
+    untrained: tuple[tuple[int, int], ...] = ()
 
     @property
     def n_tokens(self) -> int:
         return len(self.prompt_ids) + sum(map(len, self.answers))
+
+    def predicted(self, answer: list[int]) -> list[int]:
+        """The positions of an answer's tokens that are predicted: all but the untrained ones."""
+        edges = [0, *(edge for span in self.untrained for edge in span), len(answer)]
+        return [i for start, end in zip(edges[::2], edges[1::2], strict=True) for i in range(start, end)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ class Layout:
     answer that has any; None for padded rows, whose real tokens are True in mask_RL.
     own_N : flat index into R*L of each answer token. predictor_N : flat index of the token before it (whose hidden
     state predicts it; for an answer's first token that is the prompt's last). target_N : the token's id.
-    lengths : tokens of each answer, in (group, answer) order. kept : what a device derives from it once (its masks).
+    lengths : predicted tokens of each answer, in (group, answer) order. kept : what a device derives from it once (its
+    masks).
     """
 
     ids_RL: torch.Tensor
@@ -68,16 +77,24 @@ def lay_out(groups: Sequence[Group]) -> Layout:
     positions: list[int] = []
     own: list[int] = []
     predictor: list[int] = []
+    target: list[int] = []
+    lengths: list[int] = []
     spans = []
     for group in groups:
         prompt_len = len(group.prompt_ids)
         ids += group.prompt_ids
         positions += range(prompt_len)
         last_of_prompt = len(ids) - 1
-        for answer in filter(None, group.answers):
+        for answer in group.answers:
+            if not answer:
+                lengths.append(0)
+                continue
             first = len(ids)
-            own += range(first, first + len(answer))
-            predictor += [last_of_prompt, *range(first, first + len(answer) - 1)]
+            predicted = group.predicted(answer)
+            own += [first + i for i in predicted]
+            predictor += [first + i - 1 if i else last_of_prompt for i in predicted]
+            target += [answer[i] for i in predicted]
+            lengths.append(len(predicted))
             ids += answer
             positions += range(prompt_len, prompt_len + len(answer))
         sizes = [len(answer) for answer in group.answers if answer]
@@ -90,8 +107,8 @@ def lay_out(groups: Sequence[Group]) -> Layout:
         tuple(spans),
         _int64(own),
         _int64(predictor),
-        _int64([token for group in groups for answer in group.answers for token in answer]),
-        [len(answer) for group in groups for answer in group.answers],
+        _int64(target),
+        lengths,
     )
 
 
@@ -101,10 +118,11 @@ def lay_out_padded(groups: Sequence[Group]) -> Layout:
     longest = max(row.n_tokens for row in rows)
     ids_RL = torch.zeros(len(rows), longest, dtype=torch.int64)
     own: list[int] = []
+    predicted = [row.predicted(row.answers[0]) for row in rows]
     for index, row in enumerate(rows):
         ids_RL[index, : row.n_tokens] = torch.tensor(row.prompt_ids + row.answers[0])
         first = index * longest + len(row.prompt_ids)
-        own += range(first, first + len(row.answers[0]))
+        own += [first + i for i in predicted[index]]
     own_N = _int64(own)
     return Layout(
         ids_RL,
@@ -113,8 +131,8 @@ def lay_out_padded(groups: Sequence[Group]) -> Layout:
         None,
         own_N,
         own_N - 1,
-        _int64([token for row in rows for token in row.answers[0]]),
-        [len(row.answers[0]) for row in rows],
+        _int64([row.answers[0][i] for row, chosen in zip(rows, predicted, strict=True) for i in chosen]),
+        list(map(len, predicted)),
     )
 
 
@@ -124,7 +142,9 @@ def _int64(values: list[int]) -> torch.Tensor:
 
 def unshared(groups: Sequence[Group]) -> list[Group]:
     """The same answers, each with a prompt of its own: the reference that sharing must agree with."""
-    return [Group(group.prompt_ids, [answer], group.row_id) for group in groups for answer in group.answers]
+    return [
+        Group(group.prompt_ids, [answer], group.row_id, group.untrained) for group in groups for answer in group.answers
+    ]
 
 
 def micro_batches(tokens: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:

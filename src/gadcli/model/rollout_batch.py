@@ -23,6 +23,12 @@ class Answer:
     ids: list[int]
     logps: list[float]
     finished: bool
+    read: list[int] | None = None  # of ids, where the discriminator reads only a part (`critic.reads`)
+
+    @property
+    def read_ids(self) -> list[int]:
+        """What the discriminator reads of the answer, and length metrics count."""
+        return self.ids if self.read is None else self.read
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class Rollout:
     def lengths(self) -> list[int]:
         """Tokens of each of the B answers."""
         return [len(answer.ids) for group in self.answers for answer in group]
+
+    @property
+    def read_lengths(self) -> list[int]:
+        """Tokens that the discriminator reads of each of the B answers."""
+        return [len(answer.read_ids) for group in self.answers for answer in group]
 
     @property
     def width(self) -> int:
@@ -58,9 +69,10 @@ class Rollout:
         ]
 
     def pair_groups(self) -> list[Group]:
-        """Each prompt with the student's answers and, last, the teacher's: forwarded once a prompt, not G times."""
+        """What the critic reads: each prompt with the student's answers and, last, the teacher's, which is forwarded
+        once per prompt, not G times."""
         return [
-            Group(row.prompt_ids, [answer.ids for answer in group] + [row.teacher_ids], row.row_id)
+            Group(row.prompt_ids, [answer.read_ids for answer in group] + [row.read_ids], row.row_id)
             for row, group in zip(self.rows, self.answers, strict=True)
         ]
 
@@ -70,7 +82,7 @@ class Rollout:
 
 def teacher_groups(rows: list[TokenizedRow]) -> list[Group]:
     """Each prompt with the teacher's answer alone (supervised training)."""
-    return [Group(row.prompt_ids, [row.teacher_ids], row.row_id) for row in rows]
+    return [Group(row.prompt_ids, [row.teacher_ids], row.row_id, row.untrained) for row in rows]
 
 
 def best_groups(rollout: Rollout, scores_PG: torch.Tensor) -> list[Group]:

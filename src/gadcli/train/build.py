@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from gadcli.chat.thinking import AnswerReader
 from gadcli.chat.tokenize import ChatTokenizer, load_tokenizer
 from gadcli.checkpoint.hub_files import trained_files
 from gadcli.checkpoint.resolve_model import resolve_model
@@ -18,6 +20,7 @@ from gadcli.config.rewards import reward_specs
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, count_overlap, open_dataset
 from gadcli.data.order import BatchOrder
+from gadcli.data.tokens import Style
 from gadcli.distributed.fsdp import resolve_dtype, shard
 from gadcli.distributed.signals import StopFlag
 from gadcli.distributed.world import World, init_world
@@ -43,7 +46,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     critic_path = _resolve_ahead(cfg.critic.model.path if cfg.trainer.critic_warmup >= 0 else "", world, "critic")
     actor_path = _resolve_together(cfg.actor.model.path, world)
     tokenizer = load_tokenizer(actor_path)
-    chat = ChatTokenizer.of(tokenizer, actor_path)
+    chat = ChatTokenizer.of(tokenizer, actor_path, cfg.data.template_kwargs)
     train_data, val_data = _open_data(cfg, chat)
     notes = data_notes(cfg, train_data, val_data)
     # Read now, not when the first checkpoint is written: what cannot be saved must fail before training.
@@ -108,6 +111,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         records=records,
         stop=stop,
         progress=progress,
+        read=AnswerReader(cfg.critic.reads, chat.decode),
         reference=reference,
         maybe_critic=critic,
     )
@@ -142,10 +146,14 @@ def _resolve_together(path: str, world: World, role: str = "actor", ahead: Futur
 
 
 def _open_data(cfg: GadConfig, tokenizer: ChatTokenizer) -> tuple[Dataset, Dataset | None]:
-    train = open_dataset(cfg.data.train_files, tokenizer, cfg.data, cfg.rollout.max_model_len, split="train")
+    style, each = Style.of(cfg), cfg.stage == "seqkd" and cfg.actor.objective == "sft"
+    train = open_dataset(
+        cfg.data.train_files, tokenizer, cfg.data, cfg.rollout.max_model_len, "train", style=style, each_answer=each
+    )
     if not (cfg.data.val_files or cfg.data.val_rows):
         return train, None
-    return train, open_dataset(cfg.data.val_files, tokenizer, cfg.data, cfg.rollout.max_model_len, split="val")
+    style = replace(style, turns="last")  # what is sampled and judged is the answer to the whole prompt
+    return train, open_dataset(cfg.data.val_files, tokenizer, cfg.data, cfg.rollout.max_model_len, "val", style=style)
 
 
 def data_notes(cfg: GadConfig, train: Dataset, val: Dataset | None) -> list[str]:

@@ -64,16 +64,19 @@ def _sample_share(run: Run, earlier: Snapshots) -> list[dict[str, Any]]:
     """This rank's held-out rows, sampled once each and scored, the probe's older answers beside them."""
     assert run.val_data is not None
     indices = share_of_rows(run, held_out_rows(run))
-    data = [run.val_data[i] for i in indices]
+    data = [run.with_read(run.val_data[i]) for i in indices]
     answers = sample_held_out(run, data)
     teacher_logp = run.actor.logprobs(teacher_groups(data), max(len(r.teacher_ids) for r in data), temperature=1.0).sum(
         -1
     )
-    older = [{step: kept[i] for step, kept in earlier.items() if i in kept} for i in indices]
+    older = [
+        {step: run.read(row.prompt_ids, kept[i]) for step, kept in earlier.items() if i in kept}
+        for i, row in zip(indices, data, strict=True)
+    ]
     scores: list[list[float | None]] = [[None, None]] * len(data)
     if run.maybe_critic is not None:
         groups = [
-            Group(row.prompt_ids, [a.ids, row.teacher_ids, *old.values()], row.row_id)
+            Group(row.prompt_ids, [a.read_ids, row.read_ids, *old.values()], row.row_id)
             for row, a, old in zip(data, answers, older, strict=True)
         ]
         scores = [list(map(float, found)) for found in run.maybe_critic.score(groups)]
@@ -85,8 +88,8 @@ def _sample_share(run: Run, earlier: Snapshots) -> list[dict[str, Any]]:
             "teacher": row.teacher,
             "student_score": found[0],
             "teacher_score": found[1],
-            "student_length": len(answer.ids),
-            "teacher_length": len(row.teacher_ids),
+            "student_length": len(answer.read_ids),
+            "teacher_length": len(row.read_ids),
             "finished": answer.finished,
             "student_ids": answer.ids,
             "teacher_logp": logp,

@@ -22,8 +22,8 @@ def answer_texts(rollout: Rollout, decode: Callable[..., str]) -> list[AnswerTex
             messages=list(row.messages),
             answer=decode(answer.ids, skip_special_tokens=True),
             teacher=row.teacher,
-            tokens=len(answer.ids),
-            teacher_tokens=len(row.teacher_ids),
+            tokens=len(answer.read_ids),
+            teacher_tokens=len(row.read_ids),
             finished=answer.finished,
             row_id=row.row_id,
         )

@@ -36,9 +36,9 @@ def sample_held_out(run: Run, rows: Sequence[TokenizedRow]) -> list[Answer]:
     assert run.sampler is not None
     sampling = Sampling.of(run.cfg.rollout, run.cfg.data.max_response_length, n=1)
     seeds = [request_seed(EVAL_SEED, 0, row.row_id) for row in rows]
-    answers = [group[0] for group in run.sampler.generate([row.prompt_ids for row in rows], sampling, seeds)]
+    groups = run.sampler.generate([row.prompt_ids for row in rows], sampling, seeds)
     run.sampler.sleep()
-    return answers
+    return [group[0] for group in run.read_groups(rows, groups)]
 
 
 def share_of_rows(run: Run, total: int) -> list[int]:

@@ -115,7 +115,7 @@ class Records:
         self.writer.samples(step, "train", [sample])
         for sink in self.sinks:
             if isinstance(sink, TensorBoardSink):
-                lengths = [float(n) for n in rollout.lengths]
+                lengths = [float(n) for n in rollout.read_lengths]
                 sink.histograms(
                     step,
                     {

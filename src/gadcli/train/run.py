@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gadcli.chat.thinking import AnswerReader
 from gadcli.config.schema import GadConfig
 from gadcli.data.batches import Dataset, TokenizedRow
 from gadcli.data.order import BatchOrder
@@ -18,7 +20,7 @@ from gadcli.model.actor import Actor, Reference
 from gadcli.model.critic import Critic
 from gadcli.model.micro_batches import balanced_share
 from gadcli.model.packing import Group
-from gadcli.model.rollout_batch import Rollout
+from gadcli.model.rollout_batch import Answer, Rollout
 from gadcli.rewards.build import RewardSet
 from gadcli.rollout.sampler import Sampler, Sampling, request_seed
 from gadcli.rollout.weight_sync import Probe
@@ -60,6 +62,7 @@ class Run:
     records: Records
     stop: StopFlag
     progress: Progress
+    read: AnswerReader
     reference: Reference | None = None
     maybe_critic: Critic | None = None
     model_files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by role: what lies beside its weights
@@ -84,9 +87,26 @@ class Run:
         return step > self.cfg.trainer.critic_warmup or (released is not None and step > released)
 
     def rows_of(self, step: int) -> list[TokenizedRow]:
-        """This rank's rows of a step."""
-        rows = [self.train_data[i] for i in self.order.rows(step - 1)]
-        return [rows[i] for i in self._share(rows)]
+        """This rank's rows of a step, each with one of the teacher's answers, by the run's seed and the step."""
+        rows = [self.train_data.answer(i, self._draw(step, i)) for i in self.order.rows(step - 1)]
+        return [self.with_read(rows[i]) for i in self._share(rows)]
+
+    def _draw(self, step: int, item: int) -> int:
+        """Which of several answers the critic meets; without a critic it is the first one, or every one is an item."""
+        several = self.maybe_critic is not None and self.train_data.several_answers
+        return request_seed(self.cfg.trainer.seed, step, item) if several else 0
+
+    def with_read(self, row: TokenizedRow) -> TokenizedRow:
+        """The row with what the discriminator reads of the teacher's answer (`critic.reads`)."""
+        read = self.read(row.prompt_ids, row.teacher_ids)
+        return row if read is row.teacher_ids else replace(row, read=read)
+
+    def read_groups(self, rows: Sequence[TokenizedRow], groups: Sequence[Sequence[Answer]]) -> list[list[Answer]]:
+        """The same of sampled answers."""
+        return [
+            [replace(answer, read=self.read(row.prompt_ids, answer.ids)) for answer in group]
+            for row, group in zip(rows, groups, strict=True)
+        ]
 
     def _share(self, rows: list[TokenizedRow]) -> list[int]:
         """This rank's rows: like counts and like tokens, the teacher's length standing in for the student's."""
@@ -125,7 +145,8 @@ class Run:
         start = time.monotonic()
         sampling = Sampling.of(self.cfg.rollout, self.cfg.data.max_response_length)
         seeds = [request_seed(self.cfg.trainer.seed, step, row.row_id) for row in rows]
-        rollout = Rollout(rows, self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds))
+        groups = self.sampler.generate([row.prompt_ids for row in rows], sampling, seeds)
+        rollout = Rollout(rows, self.read_groups(rows, groups))
         self.sampler.sleep()
         (tokens,) = sum_over_ranks([sum(rollout.lengths)])
         log.put("rollout/tokens_per_s", tokens / max(time.monotonic() - start, 1e-9))

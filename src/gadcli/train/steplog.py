@@ -51,10 +51,11 @@ class StepLog:
 
 
 def length_metrics(rows: list[TokenizedRow], rollout: Rollout | None, max_response_length: int) -> dict[str, Mean]:
-    """Tokens of the teacher's and student's answers (EOS included) and the share of answers cut at the limit."""
-    metrics = {"teacher_length/mean": mean_of(torch.tensor([len(row.teacher_ids) for row in rows]))}
+    """Tokens of the teacher's and student's answers (EOS included), as far as the discriminator reads them
+    (`critic.reads`), and the share of answers cut at the limit."""
+    metrics = {"teacher_length/mean": mean_of(torch.tensor([len(row.read_ids) for row in rows]))}
     if rollout is not None:
-        lengths = torch.tensor(rollout.lengths)
+        lengths = torch.tensor(rollout.read_lengths)
         cut = torch.tensor([not answer.finished for group in rollout.answers for answer in group])
         metrics |= {
             "response_length/mean": mean_of(lengths),
