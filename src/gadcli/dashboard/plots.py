@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from gadcli.dashboard.draw import MARKS, band_text, buckets, extent
+from gadcli.dashboard.page import printable
 from gadcli.dashboard.view import RunView
 from gadcli.metrics.health import Level, group_levels, number
 from gadcli.metrics.table import GROUPS, Range, label, metric
@@ -19,7 +20,7 @@ POINTS = 600
 
 def safe(text: str) -> str:
     """Text for HTML and XML: escaped, and without control characters, which neither may hold."""
-    return html.escape("".join(c for c in text if c.isprintable() or c in "\n "))
+    return html.escape(printable(text))
 
 
 def plot_of(view: RunView, name: str, x: int = 0, y: int = 0) -> str:
