@@ -117,3 +117,36 @@ def test_checking_and_counting_do_not_import_pandas(name: str, write: Callable[.
     command = [sys.executable, "-c", code, write([*good_rows(20), (None, None)], name), str(model_folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[3, 3] False", done.stderr
+
+
+@pytest.mark.parametrize("words", [
+    ["data", "check", "é.jsonl"], ["data", "head", "é.jsonl", "--json"], ["data", "split", "é.jsonl", "-o", "out"],
+    ["train", "seqkd", "--preset", "demo", "--dry-run", "data.train_files=[é.jsonl]"],
+])  # fmt: skip
+def test_an_ascii_only_locale_reads_names_and_prints_text(words: list[str], tmp_path: Path) -> None:
+    rows = [{"content": user(f"é漢 {i}"), "teacher_response": "ü"} for i in range(40)]
+    (tmp_path / "é.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LANG", "LC_", "PYTHONIO"))}
+    env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-m", "gadcli", *words], env=env, cwd=tmp_path, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--json" not in words or "é漢 0" in done.stdout.decode()
+
+
+def test_the_presets_student_counts_where_no_tokenizer_is_named(
+    write: Write, tmp_path: Path, model_folder: Path, capsys: Any
+) -> None:
+    path, preset = write(good_rows(20)), tmp_path / "own.yaml"
+    preset.write_text(f"common:\n  actor:\n    model:\n      path: {model_folder}\n")
+    for command in ("check", "analyze-tokens"):
+        assert run(["data", command, path, "--preset", str(preset), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.partition("\n}\n")[2])
+    assert run(["data", "analyze-tokens", path, "-t", str(model_folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fields"] == told["fields"]
+    assert run(["data", "analyze-tokens", path]) == 2
+    preset.write_text("common:\n  data:\n    shuffle: true\n")
+    assert run(["data", "check", path, "--preset", str(preset)]) == 2
+    assert "a preset that names its student" in capsys.readouterr().err

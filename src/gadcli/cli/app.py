@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -264,6 +265,12 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # In an ASCII-only locale no file called é can be opened nor text printed: go on in Python's UTF-8 mode.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what cannot be written is escaped: half a surrogate pair, or all
+            stream.reconfigure(errors="backslashreplace")  # but ASCII under PYTHONIOENCODING
     sys.exit(run(sys.argv[1:]))
 
 

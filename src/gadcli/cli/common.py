@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,4 +75,5 @@ def overridden(stage: str, preset: str | None, overrides: Sequence[str]) -> GadC
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    plain = (sys.stdout.encoding or "utf-8").lower() != "utf-8"
+    print(json.dumps(value, indent=2, ensure_ascii=plain))

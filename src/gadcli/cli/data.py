@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Analyse, validate, collect and split training data.")
 
 FilesArgument = Annotated[
-    list[str], typer.Argument(metavar="FILES...", help="Parquet or JSONL files, folders or globs.")
+    list[str], typer.Argument(metavar="FILES...", help="Files (Parquet, Arrow, JSON, CSV), folders or globs.")
 ]
 TokenizerOption = Annotated[
     str | None,
-    typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer and chat template are used."),
+    typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer is used [the preset's student]."),
 ]
 PromptKeyOption = Annotated[
     str | None, typer.Option("--prompt-key", metavar="C", help="Column of the messages [content].")
@@ -34,7 +34,8 @@ ResponseKeyOption = Annotated[
     str | None, typer.Option("--response-key", metavar="C", help="Column of the teacher's answers [teacher_response].")
 ]
 DataPresetOption = Annotated[
-    str | None, typer.Option("--preset", "-p", metavar="NAME", help="Preset to take limits and column names from.")
+    str | None,
+    typer.Option("--preset", "-p", metavar="NAME", help="Preset for student, limits and column names."),
 ]
 StageOption = Annotated[str, typer.Option("--stage", metavar="S", help="Stage of the preset.")]
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Output file.")]
@@ -46,10 +47,15 @@ def note(text: str, quiet: bool = False) -> None:
         print(text, file=sys.stderr)
 
 
-def open_tokenizer(model: str, cfg: GadConfig) -> ChatTokenizer:
-    """The tokenizer and template of a model folder, .gguf or checkpoint; a conversion alone imports torch."""
+def open_tokenizer(model: str | None, cfg: GadConfig, needed_for: str) -> ChatTokenizer:
+    """The tokenizer and template of a model folder, .gguf or checkpoint, or else of the configured student; a
+    conversion alone imports torch. Raises ConfigError if neither is named."""
     from gadcli.chat.tokenize import ChatTokenizer
+    from gadcli.errors import ConfigError
 
+    model = model or cfg.actor.model.path
+    if not model:
+        raise ConfigError(f"{needed_for} need a tokenizer", "-t MODEL, or a preset that names its student")
     folder = Path(model).expanduser()
     if (folder / "tokenizer.json").is_file():
         return ChatTokenizer.from_folder(folder, cfg.data.template_kwargs)
@@ -65,9 +71,7 @@ def pick_keys(cfg: GadConfig, prompt_key: str | None, response_key: str | None) 
 @app.command("analyze-tokens")
 def analyze_tokens(
     files: FilesArgument,
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", "-t", metavar="MODEL", help="Model whose tokenizer is used to count tokens.")
-    ],
+    tokenizer: TokenizerOption = None,
     preset: DataPresetOption = None,
     stage: StageOption = "gad",
     write: Annotated[
@@ -91,8 +95,9 @@ def analyze_tokens(
     from gadcli.errors import DataError
 
     cfg = overridden(stage, preset, settings or [])
+    tokens = open_tokenizer(tokenizer, cfg, "token lengths")
     with Progress("analyse", quiet) as bar:
-        found = analyse(files, pick_keys(cfg, prompt_key, response_key), open_tokenizer(tokenizer, cfg), bar)
+        found = analyse(files, pick_keys(cfg, prompt_key, response_key), tokens, bar)
     summary, fields = found.summary, found.fields
     for line in summary.lines():
         note(line, quiet)
@@ -182,14 +187,15 @@ def check(
     one_of("--on-bad-row", on_bad_row, ("error", "drop"))
     one_of("--fix", fix, (None, "drop", "trim"))
     given = (max_prompt_length, max_response_length, max_model_len)
-    if tokenizer is None and (any(given) or preset or show_mask or fix == "trim"):
-        raise ConfigError("token limits, --show-mask and --fix trim need a tokenizer", "-t MODEL")
     if fix is not None and out is None:
-        raise ConfigError("--fix writes a clean copy and was not told where", "-o clean.parquet")
+        raise ConfigError("--fix writes a clean copy to a file that -o names", "-o clean.parquet")
     cfg = overridden(stage, preset, settings or [])
+    tokens = None
+    if tokenizer or cfg.actor.model.path or any(given) or preset or show_mask or fix == "trim":
+        tokens = open_tokenizer(tokenizer, cfg, "token limits, --show-mask and --fix trim")
     spec = CheckSpec(
         keys=pick_keys(cfg, prompt_key, response_key),
-        tokenizer=open_tokenizer(tokenizer, cfg) if tokenizer else None,
+        tokenizer=tokens,
         style=replace(Style.of(cfg), turns=cfg.data.turns), reads=cfg.critic.reads,
         limits=limits_of(cfg if preset else None, given, truncation),
         strict=strict, on_bad_row=on_bad_row, batch_size=batch_size, fix=fix or "", out=out, val=val or [],

@@ -203,7 +203,7 @@ class AlgorithmConfig:
 
 @dataclass
 class DataConfig:
-    train_files: list[str] = opt([], "parquet or jsonl files, folders or globs")
+    train_files: list[str] = opt([], "parquet, Arrow, JSON or CSV files, folders or globs")
     val_files: list[str] = opt([], "held-out files; empty splits val_rows off the training file by content hash")
     prompt_key: str = opt("content", "column of chat messages")
     response_key: str = opt("teacher_response", "column of the teacher's answer")

@@ -240,7 +240,9 @@ def _answer(value: Any) -> str | Fault:
             return Fault("teacher_type", f"the answer is a message of role {excerpt(value['role'])!r}")
         if value.get("tool_calls"):
             return Fault("teacher_type", "the answer calls a tool; only text can be trained on")
-        value = value.get("content")
+        if "content" not in value:
+            return Fault("teacher_type", "teacher's answer is an object without content")
+        value = value["content"]
     if value is None:
         return Fault("teacher_null", "teacher's answer is null")
     text = _text(value)
