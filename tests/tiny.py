@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 TEMPLATE = (
@@ -66,6 +67,8 @@ def tiny_config(family: str, vocab_size: int, *, tied: bool, layers: int = 2) ->
         )  # fmt: skip
     if family == "gpt_oss":  # attention sinks, which our attention does not know
         return GptOssConfig(**shared, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW)
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(**shared, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
     if family == "granite":  # logits divided by a number of the config, which our head does not know
         return GraniteConfig(**shared, logits_scaling=3.0)
     if family == "mistral":

@@ -36,6 +36,40 @@ def test_gpus_come_from_nvidia_smi(nvidia_smi, monkeypatch: pytest.MonkeyPatch) 
     assert machine.gpus() == []
 
 
+@pytest.mark.parametrize(
+    ("visible", "indexes"),
+    [
+        ("-1", []), ("1,-1,0", [1]), ("7", []), ("1,0", [1, 0]), ("GPU-bbbb", [1]), ("GPU-bbbb,GPU-aaaa", [1, 0]),
+        ("GPU-cccc", []), ("GPU-", []), ("0,0", [0]), ("NoDevFiles", []),
+    ],
+)  # fmt: skip
+def test_visible_devices_are_counted_as_cuda_counts_them(
+    nvidia_smi, monkeypatch: pytest.MonkeyPatch, visible: str, indexes: list[int]
+) -> None:
+    """An entry that names no device, or not exactly one, hides itself and all that follow."""
+    nvidia_smi("0, NVIDIA H100, 81559, 81000, GPU-aaaa-1\n1, NVIDIA H100, 81559, 1024, GPU-bbbb-2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.index for gpu in machine.gpus()] == indexes
+
+
+def test_a_mig_slice_is_one_device_of_unknown_memory(nvidia_smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi("0, NVIDIA H100, 81559, 81000, GPU-aaaa-1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-11,MIG-22")
+    assert [(gpu.name, gpu.total_gb) for gpu in machine.gpus()] == [("NVIDIA H100 (MIG)", None)]
+
+
+def test_a_container_without_nvidia_smi_has_the_gpus_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "DEVICE_FILES", tmp_path)
+    assert machine.gpus() == []
+    for name in ("nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert len(machine.gpus()) == 2 and machine.pick_device("auto") == "cuda"
+
+
 def test_a_broken_nvidia_smi_is_no_gpu(nvidia_smi) -> None:
     nvidia_smi("driver mismatch", code=9)
     assert machine.gpus() == []

@@ -50,7 +50,7 @@ def test_a_pass_without_gradients_leaves_no_gathered_weights(world: World, model
     actor.logprobs(rollout.student_groups(), rollout.width)
     critic.score(rollout.pair_groups())
     for model in (actor.model, critic.model):
-        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert all(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
 
 
 # ---- on-policy steps ----
@@ -191,7 +191,8 @@ def test_the_supervised_loss_is_the_mean_log_softmax_of_teacher_tokens(world: Wo
     by_hand = total / tokens
     assert values(actor.sft_update(teacher_groups(rows)))["actor/sft_loss"] == pytest.approx(by_hand, rel=PARITY)
     # The mutant: supervised at the sampling temperature.
-    hot = mutated("model.actor", "answer_logprobs(layout, 1.0)", "answer_logprobs(layout, self.temperature)").Actor
+    cold = "logp_N, entropy_N = self.model.answer_logprobs(layout, 1.0)"
+    hot = mutated("model.actor", cold, cold.replace("1.0", "self.temperature")).Actor
     at_08 = values(build_actor(world, model_path, hot, optim=STILL).sft_update(teacher_groups(rows)))
     assert abs(at_08["actor/sft_loss"] - by_hand) > 0.01
 

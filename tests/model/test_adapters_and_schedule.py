@@ -115,7 +115,7 @@ def test_merged_weights_give_the_adapted_models_logprobs(world: World, model_pat
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("full = full + lora_delta", "full = full + 0 * lora_delta"),  # the base alone
+        ("+ lora_delta(", "+ 0 * lora_delta("),  # the base alone
         ('float(layer.scaling["default"])', 'int(layer.scaling["default"] + 1)'),  # the scale rounded
     ],
 )

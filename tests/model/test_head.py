@@ -21,7 +21,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
 def test_values_and_gradients_equal_the_whole_softmax(
     temperature: float, by: str, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK_LOGITS", 17 * 4)  # 4 tokens a chunk: 3 chunks, the last one short
+    monkeypatch.setattr(head, "CHUNK_LOGITS", {"cpu": 17 * 4})  # 4 tokens a chunk: 3 chunks, the last one short
     results = []
     for chunked in (True, False):
         hidden, weight, target = inputs(torch.float32)

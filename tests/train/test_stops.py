@@ -114,7 +114,19 @@ def cuda() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
 
-@pytest.mark.parametrize("fails", [too_large, plain, no_cache, no_share, cuda])
+def cuda_driver() -> None:
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported …")
+
+
+def cublas() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def nccl() -> None:
+    raise RuntimeError("NCCL error in: …\nncclUnhandledCudaError: …\nLast error:\nCuda failure 2 'out of memory'")
+
+
+@pytest.mark.parametrize("fails", [too_large, plain, no_cache, no_share, cuda, cuda_driver, cublas, nccl])
 def test_want_of_memory_ends_with_6_and_names_the_knob(
     fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

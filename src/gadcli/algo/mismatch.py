@@ -6,6 +6,8 @@ temperature 1 whatever they sampled at, and compared with the trainer's at 0.8 t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,9 @@ def mismatch_metrics(old_BT: Tensor, rollout_BT: Tensor, mask_BT: Tensor) -> dic
     with torch.no_grad():
         mask = mask_BT.bool()
         diff_BT = (old_BT.float() - rollout_BT.float()).abs()
+        # Not diff_BT[mask]: the host would wait for the device to learn its size.
+        largest = extreme_of(diff_BT.masked_fill(~mask, -torch.inf), "max")
         return {
             "rollout/logp_diff_mean": token_mean(diff_BT, mask),
-            "rollout/logp_diff_max": extreme_of(diff_BT[mask], "max"),
+            "rollout/logp_diff_max": replace(largest, count=mask.any().float()),
         }

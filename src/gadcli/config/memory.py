@@ -16,7 +16,7 @@ GIB = 2**30
 FP32 = 4
 ADAM_BYTES = 8  # two float32 moments a trainable weight
 GATHER_ONCE_BYTES = 2 * GIB  # of whole weights and gradients on every device, which `fsdp.gather=auto` spends on speed
-LOGITS_CHUNK = 8 * 2**20  # scalars of logits alive at once, as engine.head has it (a test compares them)
+LOGITS_CHUNK = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}  # logits alive at once, as model.chunked_logprobs has them
 LOGITS_COPIES = 4  # logits, log-softmax, probabilities and their gradient
 KV_CPU_RANGE = (2**28, 2**30)  # what the sampler takes on CPU when rollout.kv_cache_gb is 0
 RUNTIME = {"cpu": 0.55 * GIB, "cuda": 1.2 * GIB}  # torch, transformers, data; CUDA context, NCCL buffers
@@ -56,6 +56,7 @@ class ModelMemory:
     activations: float
     logits: float
     micro_batches: int = 1
+    stored: float = 0.0  # the whole model's weights, as a checkpoint has them
     pieces: float = 0.0  # on CPUs, of the C library's heap
 
     @property
@@ -218,6 +219,8 @@ def estimate_model(
     # Without: all units stay gathered from forward to backward.
     few = total - shape.layers * shape.layer_params + 2 * shape.layer_params
     gathered = few if reshards(fsdp.reshard_after_forward, placement.world_size) and not once else total
+    if placement.world_size < 2:  # frozen weights are used where they lie
+        gathered = trainable
     offloads = not causal and fsdp.offload_critic and placement.device == "cuda"
     if not is_sharded(placement.world_size, itemsize, offloads):
         gathered = 0
@@ -226,14 +229,15 @@ def estimate_model(
     logits = 0.0
     if causal:
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
-        alive = min(LOGITS_CHUNK, passes.rows * passes.answer_tokens * shape.vocab)
+        alive = min(LOGITS_CHUNK[placement.device], passes.rows * passes.answer_tokens * shape.vocab)
         logits = LOGITS_COPIES * alive * FP32 + (0 if frozen_head else shape.embedding_params * FP32)
     activations = activation_bytes(shape, cfg, passes, itemsize, placement.device)
     largest_pieces = HEAP_PIECES * shape.layers * shape.hidden if placement.device == "cpu" else 0.0
     return ModelMemory(
         parameters=total,
         trainable=trainable,
-        weights=(total + adapters) * FP32 / shards,
+        weights=stored_bytes(total + adapters, trainable, itemsize) / shards,
+        stored=stored_bytes(total + adapters, trainable, itemsize),
         gradients=trainable * FP32 / (1 if whole_gradients else shards),
         optimiser=trainable * ADAM_BYTES / shards,
         gathered=gathered * itemsize,
@@ -244,10 +248,15 @@ def estimate_model(
     )
 
 
-def estimate_reference(shape: ModelShape, shards: int) -> ModelMemory:
+def stored_bytes(total: int, trainable: int, itemsize: int) -> int:
+    """Weights in memory and in checkpoints: float32 masters of what trains, the rest in the compute type."""
+    return trainable * FP32 + (total - trainable) * itemsize
+
+
+def estimate_reference(shape: ModelShape, shards: int, itemsize: int) -> ModelMemory:
     """The frozen starting student, for the KL loss and the KL in the reward."""
     total = shape.causal_params
-    return ModelMemory(total, 0, total * FP32 / shards, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return ModelMemory(total, 0, total * itemsize / shards, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def kv_cache_bytes(cfg: GadConfig, placement: Placement, weights: float) -> float:
@@ -294,7 +303,9 @@ def estimate(cfg: GadConfig, placement: Placement) -> MemoryEstimate:
         critic = estimate_model(placement.critic, cfg.critic.model, placement, cfg.fsdp, passes, causal=False)
     shards = max(1, placement.world_size // cfg.fsdp.replicate)
     own = needs_reference(cfg) and not cfg.actor.model.lora.rank  # with LoRA it is the student, its adapters off
-    reference = estimate_reference(placement.student, shards) if own else None
+    reference = (
+        estimate_reference(placement.student, shards, compute_bytes(cfg.actor.model, placement.device)) if own else None
+    )
     return _peaks(cfg, placement, actor, reference, critic)
 
 
@@ -357,7 +368,7 @@ def _peaks(
     else:
         host_ram = local * max(training_peak, rollout_peak)
     trained = [model for model in (actor, critic) if model is not None]
-    checkpoint = sum(model.parameters * FP32 + model.trainable * ADAM_BYTES for model in trained)
+    checkpoint = sum(model.stored + model.trainable * ADAM_BYTES for model in trained)
     kept = cfg.trainer.keep_last + bool(cfg.trainer.keep_best) + 1  # one more while the next is written
     return MemoryEstimate(
         actor, reference, critic, sampler.weights, sampler.kv_cache, runtime, training_peak, rollout_peak, host_ram,

@@ -7,7 +7,7 @@ ends the step. The sum is the same; only the order of its additions differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,9 @@ from gadcli.distributed.world import World
 
 
 def shard(model: Any, world: World, cfg: FsdpConfig, dtype: str, *, offload: bool = False) -> Any:
-    """FSDP2: each decoder layer a unit, the rest the root. bf16 compute keeps float32 masters and reductions.
+    """FSDP2: each decoder layer a unit, the rest the root. bf16 compute keeps float32 masters of what trains.
+
+    Gradients are reduced in float32. Frozen weights (an adapter's base, a reference) are kept in the compute type.
 
     Returns the same model; its parameters are DTensors on `world.mesh`, or plain tensors on the device where FSDP2
     would only copy them (`config.memory.is_sharded`). `gad_gathers_once`: see above.
@@ -30,19 +32,27 @@ def shard(model: Any, world: World, cfg: FsdpConfig, dtype: str, *, offload: boo
     compute = resolve_dtype(dtype, world.device)
     offload = offload and world.device.type == "cuda"
     model.gad_gathers_once, model.gad_ends_step = False, True
-    if not is_sharded(world.size, compute.itemsize, offload):
-        # Weights are mapped from the checkpoint's file until they move: what becomes of that file must not matter.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.to(world.device, copy=True)
-        return model
+    alone = world.size == 1 and not offload
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for p in frozen:  # what does not train needs no masters: float32 copies of a base would be for nothing
+        p.data = p.data.to(compute)
     total, trainable = (sum(p.numel() for p in some) for some in (model.parameters(), trainable_parameters(model)))
+    if not is_sharded(world.size, compute.itemsize, offload) or (alone and not trainable):
+        _own_copy(world.device, (*model.parameters(), *model.buffers()))
+        return model
+    if alone:  # FSDP2 would copy frozen weights as well, where it has nothing to gather
+        _own_copy(world.device, frozen)
     model.gad_gathers_once = gathers_once(cfg.gather, world.size, total, trainable, compute.itemsize)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else None
+    # Inputs are token ids; to cast them FSDP2 would copy the layout for every layer, and the masks it keeps with it.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if compute != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {
         "mesh": world.mesh,
         "reshard_after_forward": reshards(cfg.reshard_after_forward, world.size) and not model.gad_gathers_once,
-        "mp_policy": policy or MixedPrecisionPolicy(),
+        "mp_policy": policy,
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "ignored_params": frozen if alone else None,
     }
     for layer in model.model.layers:
         fully_shard(layer, **options)
@@ -51,6 +61,12 @@ def shard(model: Any, world: World, cfg: FsdpConfig, dtype: str, *, offload: boo
         if hasattr(model, method):
             as_forward(model, method)
     return model
+
+
+def _own_copy(device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
+    """Weights are mapped from the checkpoint's file until they move: what becomes of that file must not matter."""
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device, copy=True)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -42,11 +42,13 @@ CPU_VARIABLES = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }
+# Micro-batches of ever new lengths break the allocator's blocks into pieces of no use: segments that grow do not.
+GPU_VARIABLES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def engine_variables() -> dict[str, str]:
-    """`ENGINE_VARIABLES`, and on machines without a GPU `CPU_VARIABLES`."""
-    return ENGINE_VARIABLES | ({} if gpu_count() else CPU_VARIABLES)
+    """`ENGINE_VARIABLES`, and `GPU_VARIABLES` or, on machines without a GPU, `CPU_VARIABLES`."""
+    return ENGINE_VARIABLES | (GPU_VARIABLES if gpu_count() else CPU_VARIABLES)
 
 
 def free_port() -> int:

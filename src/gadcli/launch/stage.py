@@ -137,8 +137,8 @@ def prepare(request: StageRequest) -> Prepared:
 def free_here(run_dir: Path, device: str) -> dict[str, float]:
     """What this machine has, in GiB: free RAM, free disk where the run goes, one GPU's memory."""
     free = {"ram": ram_gb()[1], "disk": free_disk_gb(run_dir)}
-    if device == "cuda" and (found := gpus()):
-        free["device"] = min(gpu.total_gb for gpu in found)
+    if device == "cuda" and (known := [gpu.total_gb for gpu in gpus() if gpu.total_gb is not None]):
+        free["device"] = min(known)
     return free
 
 

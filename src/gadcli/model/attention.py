@@ -9,6 +9,7 @@ behave as an ordinary attention with an ordinary mask, so a model loaded with th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from gadcli.model.block_mask import flex_mask
 from gadcli.model.packing import Layout
 
 SHARED, SHARED_PLAIN = "gad_shared", "gad_shared_plain"
@@ -107,41 +109,30 @@ class _Attend:
         return torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype) @ value
 
 
+VARIANTS = 64  # of the compiled kernel: head shapes x windows x with and without gradients x short and long rows
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    """flex attention as one kernel, compiled once; more than `VARIANTS` of it raise.
+
+    Dynamo's own limit is 8, behind which it falls back, silently, to an attention that holds all L * L scores.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = VARIANTS
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The same on GPUs, one kernel over the whole row that skips blocks nobody sees. Not yet run on a GPU."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = _COMPILED.setdefault("flex", torch.compile(flex_attention, dynamic=True))
+    """The same on GPUs: one kernel over the whole row that skips blocks nobody sees."""
     mask = layout.kept.get(window)
     if mask is None:
         mask = layout.kept[window] = flex_mask(layout, window, query.device)
-    return compiled(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-
-
-def flex_mask(layout: Layout, window: int | None, device: torch.device) -> Any:
-    """The layout's visibility as a block mask: same group, and the prompt or one's own answer, not in the future."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    assert layout.spans is not None
-    group, segment = [], []
-    for index, spans in enumerate(layout.spans):
-        group += [index] * sum(spans)
-        segment += [part for part, size in enumerate(spans) for _ in range(size)]
-    group_L, segment_L = torch.tensor(group, device=device), torch.tensor(segment, device=device)
-    position_L = layout.positions_RL[0].to(device)
-
-    def seen(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (segment_L[k] == 0) | (segment_L[k] == segment_L[q])
-        near = position_L[q] - position_L[k] < window if window is not None else True
-        return (k <= q) & (group_L[q] == group_L[k]) & own & near
-
-    length = len(group)
-    return create_block_mask(seen, None, None, length, length, device=str(device))
-
-
-_COMPILED: dict[str, Any] = {}
+    grouped = query.shape[1] != key.shape[1]
+    return _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 def register() -> None:

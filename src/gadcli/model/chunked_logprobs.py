@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-CHUNK_LOGITS = 8 * 1024 * 1024  # logits alive at once (32 MiB in float32, and as much for each of two temporaries)
+# Logits alive at once, in float32, with as much for each of three temporaries: what a CPU's caches like, and on GPUs
+# about a thousand rows of a large vocabulary, from which on products run at full speed (`gad doctor --gpu` times it).
+CHUNK_LOGITS = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -81,6 +83,8 @@ def _add_product(total_VH: torch.Tensor, grad_CV: torch.Tensor, hidden_CH: torch
     """total += grad^T hidden, in place: a product of its own would be as large as the head, once a chunk."""
     if grad_CV.dtype == total_VH.dtype:
         total_VH.addmm_(grad_CV.T, hidden_CH)
+    elif grad_CV.device.type == "cuda":  # adds up in float32 without a product in bf16 between
+        torch.addmm(total_VH, grad_CV.T, hidden_CH, out_dtype=torch.float32, out=total_VH)
     else:
         total_VH += (grad_CV.T @ hidden_CH).float()
 
@@ -118,6 +122,6 @@ def head_logprobs(
     `softcap` c (0: none) makes logits c * tanh(logits / c) first, as Gemma does. Returns (logp_N in (-inf, 0],
     entropy_N in [0, ln V]), float32, in nats. Gradients reach `hidden_NH` and `weight_VH`.
     """
-    chunk = max(1, CHUNK_LOGITS // weight_VH.shape[0])
+    chunk = max(1, CHUNK_LOGITS[weight_VH.device.type] // weight_VH.shape[0])
     logp_N, entropy_N = _ChunkedLogprobs.apply(hidden_NH, weight_VH, target_N, temperature, softcap, chunk)
     return logp_N, entropy_N

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,8 +54,11 @@ def answer_values_and_embeds(self: Any, layout: Layout) -> tuple[torch.Tensor, t
 
 
 def _score_head(model: Any, hidden_RLH: torch.Tensor, layout: Layout) -> torch.Tensor:
-    own_NH = hidden_RLH.flatten(0, 1)[layout.own_N]
-    return model.score(own_NH)[:, 0].float().clone()  # no view: FSDP2 hooks what a forward pass returns
+    """In float32 whatever the layers compute in: bf16 would round a score of 8 to steps of 1/16, whole advantages."""
+    own_NH = hidden_RLH.flatten(0, 1)[layout.own_N].float()
+    weight, bias = model.score.weight, model.score.bias
+    values_N1 = F.linear(own_NH, weight.float(), None if bias is None else bias.float())
+    return values_N1[:, 0].clone()  # no view: FSDP2 hooks what a forward pass returns
 
 
 def _backbone(model: Any, layout: Layout, embeds_RLH: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,10 +82,27 @@ def load_actor(path: str, cfg: ModelConfig, seed: int = 0, *, trainable: bool = 
     config = _read_config(path, cfg)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=SHARED)
     _prepare(model, cfg, seed, trainable)
-    keep_less(model)
-    model.answer_logprobs = types.MethodType(answer_logprobs, model)
+    attach_actor(model)
     choose_layout(model, path, SHARED)
     return model
+
+
+def attach_actor(model: Any) -> None:
+    """The trainer's own pass, `answer_logprobs`, as a method."""
+    keep_less(model)
+    model.answer_logprobs = types.MethodType(answer_logprobs, model)
+
+
+def attach_critic(model: Any, *, twice_differentiable: bool = False) -> None:
+    """The trainer's own passes, `answer_values` and `answer_values_and_embeds`; the head's weight always trains."""
+    if not twice_differentiable:
+        keep_less(model)
+    model.score.weight.requires_grad_(True)
+    if model.score.bias is not None:
+        # A loss of score differences gives it a gradient of rounding errors alone, which Adam blows up to whole steps.
+        model.score.bias.requires_grad_(False)
+    model.answer_values = types.MethodType(answer_values, model)
+    model.answer_values_and_embeds = types.MethodType(answer_values_and_embeds, model)
 
 
 @dataclass(frozen=True)
@@ -107,14 +128,7 @@ def load_critic(path: str, cfg: ModelConfig, seed: int, *, twice_differentiable:
             path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     _prepare(model, cfg, seed, trainable=True)
-    if not twice_differentiable:
-        keep_less(model)
-    model.score.weight.requires_grad_(True)
-    if model.score.bias is not None:
-        # A loss of score differences gives it a gradient of rounding errors alone, which Adam blows up to whole steps.
-        model.score.bias.requires_grad_(False)
-    model.answer_values = types.MethodType(answer_values, model)
-    model.answer_values_and_embeds = types.MethodType(answer_values_and_embeds, model)
+    attach_critic(model, twice_differentiable=twice_differentiable)
     choose_layout(model, path, attention)
     return LoadedCritic(model, any(name.startswith("score.") for name in info["missing_keys"]))
 

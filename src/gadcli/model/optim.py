@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,28 @@ def lr_at(update: int, total_updates: int, cfg: OptimConfig) -> float:
     return cfg.lr * (cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * falling)
 
 
+@dataclass
+class Losses:
+    """The losses of an update with the rows they are of, left on the device: to read each would make the host wait."""
+
+    what: str
+    seen: list[tuple[torch.Tensor, list[int]]] = field(default_factory=list)
+
+    def add(self, loss: torch.Tensor, rows: list[int]) -> None:
+        self.seen.append((loss.detach(), rows))
+
+    def check(self) -> None:
+        """UnhealthyError, which names the rows, if one of them is not finite. Ranks whose own are finite learn of it
+        from the gradient norm."""
+        if not self.seen:
+            return
+        for value, (_, rows) in zip(
+            torch.stack([loss for loss, _ in self.seen]).cpu().tolist(), self.seen, strict=True
+        ):
+            if not math.isfinite(value):
+                raise non_finite(f"{self.what} is {value}", rows)
+
+
 class Optimizer:
     """AdamW over a model's trainable parameters; `step` clips, refuses non-finite gradients and counts updates."""
 
@@ -47,12 +70,18 @@ class Optimizer:
             fused=True,
         )
 
-    def step(self, who: str, rows: Sequence[int]) -> dict[str, float]:
+    def step(self, who: str, rows: Sequence[int], losses: Losses | None = None) -> dict[str, float]:
         """One update from the accumulated gradients; returns `grad_norm` (before clipping) and `lr`.
 
-        Raises UnhealthyError, with no update made, when the norm is not finite; `rows` are the data rows to name.
+        Raises UnhealthyError, with no update made, when a loss or the norm is not finite; `rows` are the data rows to
+        name.
         """
         norm = _full(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        try:
+            (losses or Losses(who)).check()
+        except UnhealthyError:
+            self.zero_grad()
+            raise
         grad_norm = float(norm)
         if not math.isfinite(grad_norm):
             self.zero_grad()

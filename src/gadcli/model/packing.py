@@ -67,8 +67,16 @@ class Layout:
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
         names = ("ids_RL", "positions_RL", "own_N", "predictor_N", "target_N", "mask_RL")
-        moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()}, kept={})
+        present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        moved: dict[str, Any] = dict(zip(present, to_device(tuple(present.values()), device), strict=True))
+        return replace(self, **moved, kept={})
+
+
+def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Host tensors on `device`; the host does not wait for the copies to a GPU, which only pinned memory allows."""
+    if device.type == "cpu":
+        return tuple(tensors)
+    return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
 
 
 def lay_out(groups: Sequence[Group]) -> Layout:

@@ -17,7 +17,8 @@ from gadcli.distributed.watchdog import WATCHDOG
 from gadcli.distributed.world import World
 from gadcli.model.rollout_batch import Answer
 from gadcli.rollout.sampler import Sampler, Sampling, cut_at_eos, gather_logprobs
-from gadcli.rollout.weight_sync import changing_names, full_tensors
+from gadcli.rollout.sync_proof import assert_equal
+from gadcli.rollout.weight_sync import ActorWeights, changing_names, full_tensors
 
 
 class SeededDraw(LogitsProcessor):
@@ -79,6 +80,7 @@ class HfSampler(Sampler):
             missing.discard(name)
         if missing:
             raise AssertionError(f"weights that the actor did not send: {sorted(missing)[:5]}")
+        assert_equal(ActorWeights(model), sorted(wanted), own)
         self._held = model
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ class Sampler(ABC):
     """Draws answers with the weights of the last `load`."""
 
     name: str
+    unproved: Sequence[str] = ()  # weights of the last `load` that could not be compared with the model's
 
     @abstractmethod
     def load(self, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from gadcli.distributed.world import World
 from gadcli.errors import ConfigError, SyncError
 from gadcli.model.rollout_batch import Answer
 from gadcli.rollout.sampler import Sampler, Sampling
+from gadcli.rollout.sync_proof import EngineProof, checkpoint_form
 from gadcli.rollout.weight_sync import changing_names, full_tensors, weight_names, whole_layers
 
 _CHANGED_BY_LLM = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
@@ -55,10 +56,12 @@ class VllmSampler(Sampler):
                 _own_shared_memory()
             arguments = _engine_arguments(cfg, model_path, world, dtype, seed)
             self.llm: Any = LLM(**arguments, load_format="auto" if weights else "dummy")
-        self.eos_ids = eos_ids
+        self.eos_ids, self.dtype = eos_ids, dtype
+        (engine,) = self.llm.apply_model(lambda model: model)
+        self._proof = EngineProof(engine)
         self._tp = _tp_group(cfg.tensor_parallel_size, world)
         self._may_sleep, self._asleep = cfg.sleep, False
-        self._held: nn.Module | None = None  # whose weights we have: of that model we load what training moves
+        self._held: Any = None  # whose weights we have: of that model we load what training moves
         self._beat_at_each_step()
 
     def _beat_at_each_step(self) -> None:
@@ -82,27 +85,27 @@ class VllmSampler(Sampler):
             self.llm.wake_up()
             self._asleep = False
 
-    def load(self, model: nn.Module) -> None:
+    def load(self, model: Any) -> None:
+        """Take over the weights that may differ from those we hold; SyncError if we then hold others (`sync_proof`)."""
         self._wake()
-        names, sent = weight_names(model), set[str]()
+        # Where the engine has no head of its own (Gemma), a tied one is its embedding, and vLLM refuses the name.
+        headless = getattr(model.config, "tie_word_embeddings", False) and not self._proof.place("lm_head.weight")
+        names = [name for name in weight_names(model) if not (headless and name == "lm_head.weight")]
         wanted = set(names)
         if self._held is model:
-            (packed, *_) = self.llm.apply_model(lambda own: dict(getattr(own, "packed_modules_mapping", None) or {}))
-            wanted = whole_layers(names, changing_names(model), packed)
-
-        def stream() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in full_tensors(model, wanted):
-                sent.add(name)
-                yield name, tensor
-
+            wanted = whole_layers(names, changing_names(model), self._proof.packed)
         self._held = None  # until this has gone well
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
-        missing = wanted - sent
-        if missing:  # vLLM itself only warns
-            raise SyncError(f"weights that were not sent to the sampler: {sorted(missing)[:5]}")
+        with self._proof.around_load(model, [name for name in names if name in wanted], self.dtype):
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._pieces(model, wanted)})
+        self.unproved = self._proof.unknown
         if not self.llm.reset_prefix_cache():
             raise SyncError("the sampler's prefix cache could not be cleared: it would answer with old weights")
         self._held = model
+
+    def _pieces(self, model: nn.Module, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What vLLM loads: each weight in the engine's dtype, joined experts one by one as in a checkpoint's files."""
+        for name, tensor in full_tensors(model, wanted, self.dtype):
+            yield from ({name: tensor} if self._proof.place(name) else checkpoint_form(model, name, tensor)).items()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[list[Answer]]:
         if self._tp is None:
@@ -179,7 +182,7 @@ def _engine_arguments(
     arguments: dict[str, Any] = {
         "model": model_path,
         "dtype": str(dtype).removeprefix("torch."),
-        "enforce_eager": cfg.enforce_eager,
+        "enforce_eager": cfg.enforce_eager or world.device.type == "cpu",
         "max_model_len": cfg.max_model_len,
         "max_num_seqs": cfg.max_num_seqs,
         "tensor_parallel_size": cfg.tensor_parallel_size,
@@ -200,8 +203,10 @@ def _engine_arguments(
         arguments["max_num_batched_tokens"] = max(cfg.max_model_len, 4096)
     if world.device.type == "cpu" or cfg.kv_cache_gb:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(cfg, model_path, dtype)
-    else:
-        arguments["gpu_memory_utilization"] = cfg.gpu_memory_utilization
+    if world.device.type == "cuda":
+        # With the bytes given, the share only says what must be free at start-up; vLLM's default of .92 is not, beside
+        # the models that train.
+        arguments["gpu_memory_utilization"] = 0.01 if cfg.kv_cache_gb else cfg.gpu_memory_utilization
     return arguments
 
 

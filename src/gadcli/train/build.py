@@ -121,6 +121,8 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
         run.rewards = RewardSet(reward_specs(cfg.rewards), run_dir / "rewards", world.rank)
     if resume_from is not None:
         restore(run, resume_from)
+    if run.sampler is not None:
+        run.sampler.sleep()  # seqkd may train for hours before an evaluation needs it
     _announce(run, resume_from, time.monotonic() - started)
     return run
 

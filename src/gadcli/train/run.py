@@ -129,6 +129,10 @@ class Run:
         if not self.actor_has_moved():
             return
         self.sampler.load(self.actor.model)
+        if self.synced_step < 0 and self.sampler.unproved:
+            names = ", ".join(self.sampler.unproved[:3])
+            note = f"{len(self.sampler.unproved)} weights are not compared after a sync, only probed: {names}"
+            self.records.event("note", note, level="warn", step=step)
         sampler_logp = self.sampler.logprobs(self.probe.ids)
         group = Group(self.probe.ids[:1], [self.probe.ids[1:]])
         actor_logp = self.actor.logprobs([group], len(self.probe.ids) - 1, temperature=1.0)[0].tolist()

@@ -76,7 +76,8 @@ def learn_from_best(run: Run, rollout: Rollout, log: StepLog) -> Scores:
 def log_spread(run: Run, scores_PG: torch.Tensor, log: StepLog) -> None:
     """The advantages of a step in which nobody learns from them: logged all the same."""
     algorithm = run.cfg.algorithm
-    log.add(group_advantages(scores_PG, algorithm.adv_estimator, sigma_min=algorithm.sigma_min)[1])
+    precision = run.critic.precision
+    log.add(group_advantages(scores_PG, algorithm.adv_estimator, sigma_min=algorithm.sigma_min, precision=precision)[1])
 
 
 def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepLog) -> None:
@@ -102,6 +103,11 @@ def update_actor(run: Run, rollout: Rollout, scores_PG: torch.Tensor, log: StepL
         rewards_B, kl_log = kl_in_reward(rewards_PG.flatten(), old_BT, ref_BT, rollout.mask_BT(), kl_coef)
         rewards_PG = rewards_B.view_as(scores_PG)
         log.add(kl_log)
-    advantages_PG, spread = group_advantages(rewards_PG, cfg.algorithm.adv_estimator, sigma_min=cfg.algorithm.sigma_min)
+    advantages_PG, spread = group_advantages(
+        rewards_PG,
+        cfg.algorithm.adv_estimator,
+        sigma_min=cfg.algorithm.sigma_min,
+        precision=run.critic.precision,
+    )
     log.add(spread)
     log.add(run.actor.update(rollout, advantages_PG, old_BT, ref_BT))

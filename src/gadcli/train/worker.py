@@ -18,9 +18,16 @@ from pathlib import Path
 from gadcli.errors import ExitCode, GadError, PeerError, ResourceError, is_full_disk
 from gadcli.launch.environment import engine_variables
 
-# How torch's CPU allocator and vLLM say it, who have no class for it.
+# How torch's CPU allocator, CUDA and its libraries, and vLLM say it, who have no class for it.
 OUT_OF_MEMORY = (
     "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
     "No available memory for the cache blocks",
     "less than desired GPU memory utilization",
     "larger than the available KV cache memory",
@@ -128,7 +135,7 @@ def _as_resource_error(error: BaseException) -> ResourceError | None:
 
     text = (str(error).splitlines() or ["python could not allocate"])[0][:200]
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if not known and not any(sign in text for sign in OUT_OF_MEMORY):
+    if not known and not any(sign in str(error) for sign in OUT_OF_MEMORY):
         return None
     return ResourceError(
         f"out of memory: {text}",
