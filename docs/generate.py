@@ -107,7 +107,7 @@ def metrics_page() -> str:
     )
     lines = [f"# Metrics\n\n<!-- {NOTE} -->\n\n{intro}"]
     for group in GROUPS:
-        lines += ["", f"## {group}", "", "| metric | unit | meaning | healthy | too high | too low | cure |"]
+        lines += ["", f"## {group}", "", "| metric | unit | meaning | healthy | too high | too low | fix |"]
         lines.append("|---|---|---|---|---|---|---|")
         for row in METRICS.values():
             if row.group == group:

@@ -216,7 +216,7 @@ def test_killed_in_the_middle_it_goes_on_without_paying_twice(how: signal.Signal
         assert b"Traceback" not in err
         if how == signal.SIGINT:
             assert child.returncode == 130
-            assert b"goes on from there" in err
+            assert b"run the same command to resume" in err
         paid = journal.read_bytes().count(b"\n")
         assert 15 <= paid < count
         with open(journal, "ab") as file:

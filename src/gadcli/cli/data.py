@@ -122,10 +122,10 @@ def analyze_tokens(
         print("\nsuggestion")
         print("  " + " ".join(f"{key}={value}" for key, value in suggestion.limits().items()))
         print("\n".join(f"  {reason}" for reason in suggestion.reasons))
-        print(f"\nat batch {cost['batch_size']}: {cost['steps_per_epoch']:,} steps an epoch, "
-              f"{cost['rows_left_over']} rows left over, {cost['tokens_per_step']:,} tokens a step")  # fmt: skip
+        print(f"\nat batch {cost['batch_size']}: {cost['steps_per_epoch']:,} steps per epoch, "
+              f"{cost['rows_left_over']} rows left over, {cost['tokens_per_step']:,} tokens per step")  # fmt: skip
         if not cost["steps_per_epoch"]:
-            print("  ! fewer rows than one batch: training would refuse them")
+            print("  ! fewer rows than one batch: training would fail")
         if preset:
             print(f"\npreset {preset}, stage {stage}\n" + "\n".join(f"  {line}" for line in verdicts))
     if write:

@@ -115,7 +115,7 @@ def collect(
         with Progress("collect", quiet) as bar:
             tally = run_collect(spec, lambda tally: bar(tally.done, tally.total, text=tally.line(spec.price)))
     except KeyboardInterrupt:
-        print(f"\n{spec.journal} keeps the answers so far; the same command goes on from there", file=sys.stderr)
+        print(f"\n{spec.journal} keeps the answers so far; run the same command to resume", file=sys.stderr)
         raise
     if as_json:
         print_json(_result(tally, spec))

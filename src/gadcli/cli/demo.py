@@ -36,7 +36,7 @@ def main(
 ) -> int:
     """Train all stages on a 135M student and Python's own docstrings; print held-out results.
 
-    Runs on two CPU cores without a GPU or a model hub. Started again it goes on where it stopped, and shows the table
+    Runs on two CPU cores without a GPU or a model hub. Started again it continues where it stopped, and shows the table
     of a demo that is done. With --collapse v1 it is a real run that goes wrong, in minutes, for `gad why` to name.
     """
     import sys
@@ -114,7 +114,7 @@ def arena(
     """Train several methods from one start on equal terms, and say which one wins on what, by how much.
 
     Each arm is an ordinary run whose command is shown. Arms are compared greedy, at the highest temperature, and at
-    equal variety: sampling colder raises quality for any model. Killed? The same command goes on.
+    equal variety: sampling colder raises quality for any model. Rerun to resume.
     """
     import sys
 

@@ -59,7 +59,7 @@ def monitor(
 
 
 def _show(views: Sequence[RunView], once: bool) -> int:
-    """On a terminal the live picture; elsewhere one picture, or a line a step while a run goes on."""
+    """On a terminal the live picture; elsewhere one picture, or one line per step while a run is alive."""
     import time
 
     from rich.console import Console
@@ -81,7 +81,7 @@ def _show(views: Sequence[RunView], once: bool) -> int:
 
 
 def _follow(view: RunView) -> int:
-    """One plain line a step until the run ends."""
+    """One plain line per step until the run ends."""
     import sys
     import time
 

@@ -1,4 +1,4 @@
-"""The picture of a run: the same one live, by `gad monitor`, as one plain line a step, and as a report. No torch."""
+"""The picture of a run: the same one live, by `gad monitor`, as one plain line per step, and as a report. No torch."""
 
 from gadcli.dashboard.live import live, watch
 from gadcli.dashboard.plain import plain_line

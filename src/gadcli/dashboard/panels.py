@@ -55,7 +55,7 @@ def waiting_lines(view: RunView, width: int, rows: int, now: float) -> list[Text
 
 
 def why_panel(view: RunView, width: int, rows: int) -> list[Text]:
-    """The most certain diagnosis in full: since when, evidence, cause, cures, advice. Empty for a healthy run."""
+    """The most certain diagnosis in full: since when, evidence, cause, fixes, advice. Empty for a healthy run."""
     found = next((d for d in view.judge.diagnoses if d.level != "info"), None)
     if found is None or rows < 4:
         return []
@@ -63,12 +63,12 @@ def why_panel(view: RunView, width: int, rows: int) -> list[Text]:
     title.append("─" * max(0, width - title.cell_len), style="dim")
     lines = [fit(title, width)]
     parts = [("evidence", str(item)) for item in found.evidence[:4]]
-    parts += [("cause", found.cause), *(("cure", cure) for cure in found.cures[:2]), ("advice", found.advice)]
+    parts += [("cause", found.cause), *(("fix", fix) for fix in found.cures[:2]), ("advice", found.advice)]
     before = ""
     for name, text in parts:
         for i, piece in enumerate(wrap(clean(text), width - 10, 4)):
             head = name if i == 0 and name != before else ""
-            style = "bold green" if name == "cure" else ""
+            style = "bold green" if name == "fix" else ""
             lines.append(fit(Text.assemble((f"{head:<9} ", "dim"), (piece, style)), width))
         before = name if text else before
     return [*lines[: rows - 1], Text()]

@@ -1,4 +1,4 @@
-"""One plain line a step, for logs and pipes: no escape codes, the same words each step."""
+"""One plain line per step, for logs and pipes: no escape codes, the same fields each step."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from gadcli.dashboard.view import RunView
 from gadcli.metrics.health import Verdict, group_levels
 from gadcli.metrics.symptoms import FEWEST_STEPS, Diagnosis
 
-RESUME = "the same command with --resume goes on from the last checkpoint"
+RESUME = "the same command with --resume continues from the last checkpoint"
 
 
 def why_lines(view: RunView, now: float) -> list[str]:
@@ -49,7 +49,7 @@ def _block(mark: str, found: Diagnosis) -> list[str]:
     lines += [f"   evidence  {item}" for item in found.evidence]
     lines.append(f"   cause     {found.cause}")
     if found.cures:
-        lines.append(f"   cure      {'   or   '.join(found.cures)}")
+        lines.append(f"   fix       {'   or   '.join(found.cures)}")
     if found.advice:
         lines.append(f"   advice    {found.advice}")
     return lines

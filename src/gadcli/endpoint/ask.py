@@ -80,12 +80,12 @@ class Tally:
             raise DataError(
                 f"stopped: {self.stopped} prompts in a row got no answer, {self.total - self.done:,} were not "
                 f"asked; the last: {self.last_failure}",
-                "when the endpoint answers again, run the same command: it goes on from here",
+                "when the endpoint answers again, run the same command to resume",
             )
         if self.counts["failed"]:
             raise DataError(
                 f"{self.counts['failed']:,} of {self.total:,} prompts got no answer; the last: {self.last_failure}",
-                "run the same command again: it asks for those alone",
+                "run the same command again: it asks only for those",
             )
 
 

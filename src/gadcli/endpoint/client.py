@@ -145,7 +145,7 @@ class ChatClient:
             reason = self._reason(found)
             on_failure(reason)
             if found.status == 402 or found.code in ("insufficient_quota", "billing_hard_limit_reached"):
-                raise DataError(f"no credit is left: {reason}", "add credit, then run the same command: it goes on")
+                raise DataError(f"no credit is left: {reason}", "add credit, then run the same command to resume")
             if found.status not in BUSY and found.status < 500:
                 self._raise_fatal(found, reason)
                 raise Rejected(reason)

@@ -118,7 +118,7 @@ def _count(spec: CollectSpec, journal: Journal, tally: Tally) -> int:
                 tally.spent, tally.dearest = tally.spent + cost, max(tally.dearest, cost)
     tally.repeated = rows - tally.total // spec.samples if not spec.limit else 0
     if tally.total == 0:
-        raise DataError("there is no usable prompt in these files", "gad data head FILES shows them")
+        raise DataError("no usable prompt in these files", "gad data head FILES shows them")
     return tally.total - tally.reused
 
 

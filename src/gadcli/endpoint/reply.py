@@ -22,7 +22,7 @@ REFUSAL = re.compile(
     r"(?! but)|^\s*(很?抱歉|对不起)，我(无法|不能)",
     re.IGNORECASE,
 )
-# A text that opens so but goes on to answer is no refusal: "I can't write to files, but here is the code: …"
+# A text that opens so but goes on to answer is not a refusal: "I can't write to files, but here is the code: …"
 ANSWERS_ALL_THE_SAME = re.compile(r"\bhere(['’]s| is| are)\b|```|以下是|如下", re.IGNORECASE)
 END_MARKER = re.compile(r"(<\|[\w-]+\|>|<｜[^｜\s]+｜>|</s>|<end_of_turn>|<eos>)\s*$")
 PART_TYPES = {

@@ -1,4 +1,4 @@
-"""A model's answers to held-out prompts, drawn by the trainer's own sampler in processes of their own.
+"""A model's answers to held-out prompts, sampled by the trainer's own sampler in separate processes.
 
 `draw_answers` is the parent's side and knows no torch; as a program (`python -m gadcli.evaluate.answers --run-dir
 DIR`) this file is one rank's worker: it reads DIR/request.json and writes DIR/answers_R.jsonl.

@@ -20,7 +20,7 @@ def load_discriminator(path: str, values: str, vocabulary: int, dtype: str, worl
     """
     loaded = load_critic(str(resolve_model(path, role="critic")), ModelConfig(dtype=dtype), seed=0)
     if loaded.fresh_head:
-        raise ConfigError(f"{path}: has no scalar head, so it is no discriminator", "name a global_step_N/critic")
+        raise ConfigError(f"{path}: not a discriminator: no scalar head", "name a global_step_N/critic")
     if loaded.model.config.vocab_size != vocabulary:
         raise ConfigError(f"{path}: has another vocabulary than the student", "they must share a tokenizer")
     cfg = CriticConfig(values=values)

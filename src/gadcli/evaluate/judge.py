@@ -1,8 +1,8 @@
 """A language model as judge, through any OpenAI-compatible endpoint: two answers to a prompt, which is better?
 
-Each pair is asked twice with the answers swapped: a verdict that follows the position is no verdict. Lengths are
+Each pair is asked twice with the answers swapped: a verdict that follows the position counts as a tie. Lengths are
 reported beside the result, since judges favour long answers. Replies are journalled as they come, so an interrupted
-evaluation goes on where it stopped and a repeated one costs nothing. The API key is read from GAD_JUDGE_API_KEY, sent
+evaluation resumes where it stopped and a repeated one costs nothing. The API key is read from GAD_JUDGE_API_KEY, sent
 to that endpoint alone, and stands in no file, message or result.
 """
 

@@ -89,7 +89,7 @@ def length_ratio(student_lengths: Sequence[int], teacher_lengths: Sequence[int])
 
 
 def length_auc(student_lengths: Sequence[int], teacher_lengths: Sequence[int]) -> float:
-    """How well length alone tells student from teacher, in [.5, 1]: .5 is no giveaway, 1 a perfect one.
+    """How well length alone tells student from teacher, in [.5, 1]: .5 means not at all, 1 a perfect one.
 
     The Mann-Whitney AUC P(student longer) + P(equal) / 2 over all pairs, folded at one half, since a
     discriminator profits from "too short" as much as from "too long". With few rows it is above .5 by chance

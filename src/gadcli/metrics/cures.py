@@ -1,4 +1,4 @@
-"""The override that cures one metric, fitted to the run: a setting that the run already has is no cure."""
+"""The override that fixes one metric, fitted to the run: never a setting that the run already has."""
 
 from __future__ import annotations
 

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+
+def _of(key: str = "", header: str = "", default: Any = None) -> Any:
+    """A fact that metrics.jsonl's header holds under `header` (its own name) and config.yaml under `key`."""
+    return field(default=default, metadata={"key": key, "header": header})
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """Settings that decide which values are healthy; None where a run does not say."""
 
-    stage: str | None = None
-    objective: str | None = None
-    loss: str | None = None
-    values: str | None = None
-    critic_warmup: int | None = None
-    ppo_epochs: int | None = None
-    mini_batches: int | None = None
-    rollout_n: int | None = None
-    temperature: float | None = None
-    max_response_length: int | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    loss_mode: str | None = None
-    actor_lr: float | None = None
-    critic_lr: float | None = None
-    margin: float = 1.0
+    stage: str | None = _of("stage")
+    objective: str | None = _of("actor.objective")
+    loss: str | None = _of("critic.loss", "critic_loss")
+    values: str | None = _of("critic.values", "critic_values")
+    critic_warmup: int | None = _of("trainer.critic_warmup")
+    ppo_epochs: int | None = _of("actor.ppo_epochs")
+    mini_batches: int | None = _of()
+    rollout_n: int | None = _of("rollout.n")
+    temperature: float | None = _of("rollout.temperature")
+    max_response_length: int | None = _of("data.max_response_length")
+    clip_low: float | None = _of("actor.clip_ratio_low", "clip_ratio_low")
+    clip_high: float | None = _of("actor.clip_ratio_high", "clip_ratio_high")
+    loss_mode: str | None = _of("actor.policy_loss.loss_mode")
+    actor_lr: float | None = _of("actor.optim.lr")
+    critic_lr: float | None = _of("critic.optim.lr")
+    margin: float = _of("critic.{loss}.margin", default=1.0)
 
     @property
     def sft(self) -> bool:
@@ -44,39 +49,19 @@ class RunFacts:
     @classmethod
     def of(cls, header: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> RunFacts:
         """Facts from a metrics.jsonl header, completed by the run's resolved config; the header wins."""
-        config = config or {}
-
-        def text(name: str, key: str) -> str | None:
-            value = header.get(name, _dig(config, key))
-            return value if isinstance(value, str) and value else None
-
-        def number(name: str, key: str) -> float | None:
-            return _number(header.get(name, _dig(config, key)))
-
-        def whole(name: str, key: str) -> int | None:
-            value = number(name, key)
-            return None if value is None else int(value)
-
-        loss = text("critic_loss", "critic.loss")
-        margin = _number(_dig(config, f"critic.{loss}.margin"))
-        return cls(
-            stage=text("stage", "stage"),
-            objective=text("objective", "actor.objective"),
-            loss=loss,
-            values=text("critic_values", "critic.values"),
-            critic_warmup=whole("critic_warmup", "trainer.critic_warmup"),
-            ppo_epochs=whole("ppo_epochs", "actor.ppo_epochs"),
-            mini_batches=whole("mini_batches", ""),
-            rollout_n=whole("rollout_n", "rollout.n"),
-            temperature=number("temperature", "rollout.temperature"),
-            max_response_length=whole("max_response_length", "data.max_response_length"),
-            clip_low=number("clip_ratio_low", "actor.clip_ratio_low"),
-            clip_high=number("clip_ratio_high", "actor.clip_ratio_high"),
-            loss_mode=text("loss_mode", "actor.policy_loss.loss_mode"),
-            actor_lr=number("actor_lr", "actor.optim.lr"),
-            critic_lr=number("critic_lr", "critic.optim.lr"),
-            margin=1.0 if margin is None else margin,
-        )
+        found: dict[str, Any] = {}
+        value: Any
+        for fact in fields(cls):
+            key = fact.metadata["key"].format(loss=found.get("loss"))
+            raw = header.get(fact.metadata["header"] or fact.name, _dig(config or {}, key))
+            if str(fact.type).startswith("str"):
+                value = raw if isinstance(raw, str) and raw else None
+            else:
+                value = _number(raw)
+                value = int(value) if value is not None and str(fact.type).startswith("int") else value
+            if value is not None:
+                found[fact.name] = value
+        return cls(**found)
 
 
 def _number(value: Any) -> float | None:

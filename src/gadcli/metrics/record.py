@@ -45,7 +45,7 @@ class LineFile:
             if is_full_disk(error):
                 raise ResourceError(
                     f"{self.path}: no space left for the run's records",
-                    "free space on this disk, then go on with --resume",
+                    "free space on this disk, then continue with --resume",
                 ) from error
             raise
 
@@ -56,9 +56,9 @@ class LineFile:
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl and samples.jsonl of one run, a flushed line a record. Rank 0 only.
+    """Writes metrics.jsonl and samples.jsonl of one run, one flushed line per record. Rank 0 only.
 
-    `append=True` goes on in an existing file (resume); False starts both files anew.
+    `append=True` appends to existing files (resume); False truncates both.
     Raises OSError where the folder cannot be written, ResourceError where the disk is full.
     """
 

@@ -77,7 +77,7 @@ class RunState:
 
 
 class RunLog:
-    """The story so far of one run. `poll()` reads what was written since the last one.
+    """The records of one run. `poll()` reads what was written since the last one.
 
     Torn last lines wait for their end, unreadable ones are counted in `bad_lines`, a rotated or replaced file is
     followed, and steps that a resume repeats replace the earlier ones. Memory does not grow with the run: see
@@ -143,7 +143,7 @@ class RunLog:
         return self._read_lines(file, stat.st_size)
 
     def _follow_replacement(self, file: BinaryIO) -> None:
-        """A copy of the same log (rsync, truncate and copy) is read again; a rotated one goes on in the new file."""
+        """A copy of the same log (rsync, truncate and copy) is read again; a rotated one continues in the new file."""
         line = file.readline(LONGEST_LINE)
         if line == self._first_line or not line.endswith(b"\n"):
             self._forget()
@@ -152,23 +152,16 @@ class RunLog:
 
     def _read_lines(self, file: BinaryIO, size: int) -> bool:
         before = self._offset
+        file.seek(before)
         while self._offset < size:
-            file.seek(self._offset)
-            block = file.read(min(BLOCK_BYTES, size - self._offset))
-            end = block.rfind(b"\n")
-            while end < 0 and len(block) < LONGEST_LINE and self._offset + len(block) < size:
-                more = file.read(min(BLOCK_BYTES, size - self._offset - len(block)))
-                end = len(block) + more.rfind(b"\n") if b"\n" in more else -1
-                block += more
-            if end < 0:
-                if len(block) < LONGEST_LINE:
-                    break  # a torn last line: its end may still come
-                self.bad_lines += 1
-                self._offset += len(block)
-                continue
-            for line in block[:end].split(b"\n"):
+            line = file.readline(LONGEST_LINE)
+            if line.endswith(b"\n"):
                 self._take(line)
-            self._offset += end + 1
+            elif len(line) < LONGEST_LINE:
+                break  # a torn last line: its end may still come
+            else:
+                self.bad_lines += 1
+            self._offset += len(line)
         return self._offset != before
 
     def _sample(self, file: BinaryIO, size: int) -> None:
@@ -266,7 +259,7 @@ class RunLog:
         return next((e.metrics[name] for e in reversed(self.evals) if name in e.metrics), None)
 
     def state(self, now: float) -> RunState:
-        """Whether the run goes on, ended, or died, from its records and status.json (`now`: epoch seconds)."""
+        """Whether the run is alive, ended or died, from its records and status.json (`now`: epoch seconds)."""
         status = read_status(self.run_dir)
         # A resume, too, leaves its earlier end behind. By the files' own times: in a copied folder all are new.
         if now - self.begun < STARTING_S and self.begun > max(map(self._written, (METRICS_FILE, STATUS_FILE))):
@@ -279,7 +272,9 @@ class RunLog:
         if status is None:
             if not self.exists:
                 return RunState("missing", f"no {METRICS_FILE} here yet")
-            return RunState("unknown" if len(self.history) else "empty", "no status.json: cannot tell if it lives")
+            return RunState(
+                "unknown" if len(self.history) else "empty", "no status.json: cannot tell whether it is alive"
+            )
         if status.state in ("done", "failed", "stopped"):
             return RunState(status.state, f"at step {status.step}")
         if status.host == socket.gethostname():

@@ -69,7 +69,7 @@ def _text(value: Any) -> str:
 
 
 def iter_samples(run_dir: Path) -> Iterator[Sample]:
-    """Every readable row in file order, a line in memory at a time; nothing where there is no file."""
+    """Every readable row in file order, one line in memory at a time; nothing where there is no file."""
     try:
         with (run_dir / SAMPLES_FILE).open("rb") as file:
             for line in file:

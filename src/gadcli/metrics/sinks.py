@@ -73,7 +73,7 @@ class TensorBoardSink:
         self._guard(write)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Prompt, student, teacher and both scores of some rows, as one text page a step."""
+        """Prompt, student, teacher and both scores of some rows, as one text page per step."""
         if rows and step > self._texts_until:
             self._guard(lambda: self._writer.add_text("samples", _markdown(rows), step))
             self.flush()  # evaluations are rare, and a text that a kill swallowed would not come again
@@ -81,7 +81,7 @@ class TensorBoardSink:
     def hparams(self, values: Mapping[str, Any]) -> None:
         """The resolved configuration, flat (`actor.optim.lr` → value): a text page, and the HPARAMS tab's columns.
 
-        Once a folder: a resume goes on under the settings that are there.
+        Once per folder: a resume continues under the settings that are there.
         """
         if not self._first:
             return
@@ -174,7 +174,7 @@ class WandbSink:
     Raises ConfigError where the package is missing, its settings are no good or the key is refused, with the key
     nowhere in the message. Offline (WANDB_MODE=offline, no key at all, or a server that cannot be reached, which is a
     warning) it writes beside the run, to be uploaded by `wandb sync`.
-    `fresh`: a run of its own there; else it goes on in the one that this folder began.
+    `fresh`: a run of its own there; else it continues the one that this folder began.
     """
 
     def __init__(self, folder: Path, *, project: str, name: str, config: Mapping[str, Any], fresh: bool = True) -> None:
@@ -267,7 +267,7 @@ def _where(run: Any, folder: Path) -> str:
 
 
 def own_id(folder: Path, fresh: bool) -> str:
-    """The run's name at W&B: made once a folder, so that a resume goes on in it and a rerun does not."""
+    """The run's name at W&B: made once per folder, so that a resume continues it and a rerun does not."""
     path = folder / "wandb" / "gad-run-id"
     if not fresh and path.exists():
         return path.read_text().strip()
