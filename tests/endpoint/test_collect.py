@@ -345,6 +345,7 @@ def test_rejected_requests_are_asked_again_once_the_endpoint_takes_them(tmp_path
         (["--budget", "3"], "--budget needs prices"),
         (["--n", "2", "--temperature", "0"], "equal answers"),
         (["--endpoint", "teacher/v1"], "not an http"),
+        (["--endpoint", "https://teacher/v1/chat/completions"], "give the base address"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_is_asked(

@@ -152,9 +152,11 @@ def check(
         typer.Option("--max-model-len", metavar="N", min=2, help="Maximum tokens of prompt and answer together."),
     ] = None,
     truncation: Annotated[
-        str, typer.Option("--truncation", help="Rows over a limit: error, left, right or drop.")
+        str, typer.Option("--truncation", metavar="HOW", help="Rows over a limit: error, left, right or drop.")
     ] = "error",
-    on_bad_row: Annotated[str, typer.Option("--on-bad-row", help="Invalid rows: error or drop.")] = "error",
+    on_bad_row: Annotated[
+        str, typer.Option("--on-bad-row", metavar="HOW", help="Invalid rows: error or drop.")
+    ] = "error",
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     val: Annotated[
         list[str] | None, typer.Option("--val", metavar="FILE", help="Held-out files to check for overlap.")

@@ -47,7 +47,7 @@ def collect(
         float | None, typer.Option("--temperature", metavar="X", min=0, max=2, help="Sampling temperature.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", min=0, max=1, help="Top-p (nucleus) probability mass.")
+        float | None, typer.Option("--top-p", metavar="X", min=0, max=1, help="Top-p (nucleus) probability mass.")
     ] = None,
     extra_body: Annotated[
         str, typer.Option("--extra-body", metavar="JSON", help="Extra fields for every request, as a JSON object.")
@@ -63,9 +63,9 @@ def collect(
         float, typer.Option("--timeout", metavar="X", min=1, help="Timeout per answer, in seconds.")
     ] = 300.0,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=0, help="Only the first N prompts; 0: all.")] = 0,
-    exclude: Annotated[str, typer.Option("--exclude", help="Statuses to leave out: refused,truncated or none.")] = (
-        "refused,truncated"
-    ),
+    exclude: Annotated[
+        str, typer.Option("--exclude", metavar="LIST", help="Statuses to leave out: refused,truncated or none.")
+    ] = ("refused,truncated"),
     price_in: Annotated[
         float, typer.Option("--price-in", metavar="X", min=0, help="Price per million prompt tokens, to show the cost.")
     ] = 0.0,
@@ -172,7 +172,7 @@ def split(
         Path, typer.Option("--out", "-o", metavar="DIR", help="Output folder for train.parquet, val.parquet …")
     ],
     val: Annotated[
-        float, typer.Option("--val", min=0, help="Validation share (0.02) or number of prompts (200).")
+        float, typer.Option("--val", metavar="X", min=0, help="Validation share (0.02) or number of prompts (200).")
     ] = 0.02,
     test: Annotated[float, typer.Option("--test", metavar="X", min=0, help="Test share or number of prompts.")] = 0.0,
     prompt_key: PromptKeyOption = "content",

@@ -30,8 +30,12 @@ def losslab(
         float | None,
         typer.Option("--student-length", metavar="X", min=1, help="Student's mean tokens; default: the run's, or 250."),
     ] = None,
-    loss: Annotated[list[str] | None, typer.Option("--loss", help="Only this loss; repeatable.")] = None,
-    step: Annotated[int | None, typer.Option("--step", help="Step whose scores to use; default: the last.")] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option("--loss", metavar="LOSS", help="Only this loss; repeatable.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="Step whose scores to use; default: the last.")
+    ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Also write the curves as a PNG.")] = None,

@@ -62,6 +62,8 @@ class ChatEndpoint:
             raise ConfigError(
                 f"{self.shown}: the endpoint's address holds a password", f"put the key into {self.key_variable}"
             )
+        if parts.path.rstrip("/").endswith("/chat/completions"):
+            raise ConfigError(f"{self.shown}: give the base address", self.shown.partition("/chat/completions")[0])
         if parts.query or parts.fragment:
             raise ConfigError(f"{parts.hostname}: the endpoint's address has a query", "give one like https://host/v1")
         if self.key and parts.scheme == "http" and not _is_private(parts.hostname):
@@ -192,7 +194,8 @@ class ChatClient:
             code, param = (str(body.get(name) or "") for name in ("code", "param"))
             if code == "content_filter":  # Azure's mark for a prompt that it will not pass on
                 return Reply("refused", "", finish_reason=code)
-            message = str(body.get("message") or body or error.response.text or error.response.reason_phrase)
+            page = re.sub(r"<[^>]*>", " ", error.response.text)
+            message = str(body.get("message") or body or page.strip() or error.response.reason_phrase)
             return _Failure(error.status_code, message, code, param, _asked_wait(error.response.headers))
         except ReplyError as error:
             return _Failure(error.status, str(error), error.code)
