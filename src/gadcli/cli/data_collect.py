@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 EXTRA_BODY_EXAMPLE = """--extra-body '{"chat_template_kwargs": {"enable_thinking": false}}'"""
 
+# What decides a local model's answers where nothing else is said (an endpoint has its own defaults).
+LOCAL_PARAMS = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 512, "seed": 1}
+
 PromptsArgument = Annotated[
     list[str], typer.Argument(metavar="PROMPTS...", help="Parquet or JSONL files with messages or plain text.")
 ]
@@ -33,10 +36,13 @@ def collect(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="Output Parquet file; a resume log is kept next to it.")
     ],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", metavar="M", help="Model name at the endpoint, or without one a local model."),
+    ],
     endpoint: Annotated[
         str, typer.Option("--endpoint", metavar="URL", help="Base URL, such as http://127.0.0.1:8000/v1.")
-    ],
-    model: Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Model name at the endpoint.")],
+    ] = "",
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="System prompt for prompts without one.")
     ] = "",
@@ -81,12 +87,17 @@ def collect(
     key_env: Annotated[
         str, typer.Option("--key-env", metavar="VAR", help="Environment variable that holds the API key.")
     ] = "OPENAI_API_KEY",
+    engine: Annotated[str, typer.Option("--engine", metavar="E", help="Local model: vllm, hf or auto.")] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="D", help="Local model: cuda, cpu or auto.")] = "auto",
     prompt_key: PromptKeyOption = "content",
     response_key: ResponseKeyOption = "teacher_response",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Collect teacher answers from an OpenAI-compatible API. Rerun to resume; no answer is paid for twice."""
+    """Collect teacher answers from an OpenAI-compatible API, or from a local model (hub name, HF folder, .gguf, …).
+
+    Rerun to resume: no answer is paid for, or sampled, twice.
+    """
     from gadcli.dashboard.progress import Progress
     from gadcli.endpoint.ask import Price
     from gadcli.endpoint.client import ChatEndpoint
@@ -94,6 +105,7 @@ def collect(
     from gadcli.endpoint.collect import collect as run_collect
     from gadcli.endpoint.reply import STATUSES
     from gadcli.errors import ConfigError
+    from gadcli.evaluate.local_teacher import LocalTeacher
 
     left_out = tuple(s for s in exclude.replace(" ", "").split(",") if s and s != "none")
     if unknown := [s for s in left_out if s not in STATUSES[1:3]]:
@@ -104,9 +116,15 @@ def collect(
         raise ConfigError(f"--n {n} at temperature 0 would pay for {n} equal answers", "--temperature 1")
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     params = {k: v for k, v in given.items() if v is not None} | _extra_fields(extra_body)
-    chat = ChatEndpoint(
-        endpoint, model, os.environ.get(key_env, ""), key_env, params, retries=retries, timeout_s=timeout
-    )
+    chat: ChatEndpoint | LocalTeacher
+    if endpoint:
+        chat = ChatEndpoint(
+            endpoint, model, os.environ.get(key_env, ""), key_env, params, retries=retries, timeout_s=timeout
+        )
+    elif extra_body or budget or price_in or price_out:
+        raise ConfigError("--extra-body, prices and --budget are an endpoint's", "give --endpoint, or leave them out")
+    else:
+        chat = LocalTeacher(model, {**LOCAL_PARAMS, **params}, engine, device)
     spec = CollectSpec(
         prompts, out, chat, prompt_key, response_key, system, samples=n, concurrency=concurrency, limit=limit,
         exclude=left_out, price=Price(price_in, price_out, budget),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from gadcli.data.prompts import Prompt, read_prompts
 from gadcli.data.read.findings import Finding
 from gadcli.data.writing import MESSAGES
-from gadcli.endpoint.ask import Price, Tally, ask_all
+from gadcli.endpoint.ask import Messages, Price, Tally, ask_all
 from gadcli.endpoint.client import ChatEndpoint
 from gadcli.endpoint.journal import Journal, request_key
 from gadcli.errors import ConfigError, DataError
@@ -27,13 +27,27 @@ ADVICE = {
 }
 
 
+class Teacher(Protocol):
+    """Whoever answers without an endpoint: a model on this machine."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def params(self) -> dict[str, Any]: ...
+
+    def ask(
+        self, jobs: Iterable[tuple[str, Messages]], journal: Journal, tally: Tally, show: Callable[[Tally], None]
+    ) -> None: ...
+
+
 @dataclass
 class CollectSpec:
     """What is asked, of whom, and how. `samples` is the number of answers per prompt."""
 
     prompts: list[str]
     out: Path
-    endpoint: ChatEndpoint
+    endpoint: ChatEndpoint | Teacher
     prompt_key: str = "content"
     response_key: str = "teacher_response"
     system: str = ""
@@ -63,9 +77,13 @@ def collect(spec: CollectSpec, show: Callable[[Tally], None] = lambda tally: Non
         try:
             if jobs:
                 missing = ((key, _messages(spec, p)) for key, p in requests_of(spec) if key not in journal)
-                ask_all(
-                    spec.endpoint, missing, journal, tally, concurrency=spec.concurrency, price=spec.price, show=show
-                )
+                if isinstance(spec.endpoint, ChatEndpoint):
+                    ask_all(
+                        spec.endpoint, missing, journal, tally, concurrency=spec.concurrency, price=spec.price,
+                        show=show,
+                    )  # fmt: skip
+                else:
+                    spec.endpoint.ask(missing, journal, tally, show)
         except DataError:  # no credit left: what was paid for is written
             write_answers(spec, journal)
             raise

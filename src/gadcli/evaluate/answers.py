@@ -6,11 +6,9 @@ DIR`) this file is one rank's worker: it reads DIR/request.json and writes DIR/a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from gadcli.chat.thinking import AnswerReader
-from gadcli.errors import ExitCode, GadError
 from gadcli.evaluate.text import Sample
-from gadcli.launch.environment import ENGINE_VARIABLES, processes_here
+from gadcli.evaluate.worker import run_workers, worker_main
+from gadcli.launch.environment import processes_here
 
 REQUEST_FILE = "request.json"
 PLAN_FILE = "rows.json"
 MODULE = "gadcli.evaluate.answers"
-POLL_S = 0.1
 PROGRESS_S = 1.0
-SILENCE_S = 1800.0  # a worker without a sign of life for so long is lost; loading a large model is quiet
 CHUNK_PROMPTS = 64  # prompts between two progress lines: enough to keep the engine's batch full
 
 
@@ -83,35 +79,24 @@ def draw_answers(request: AnswerRequest, progress: Callable[[int, int], None] | 
 
     Blocks while workers run (one a GPU, or one on CPU); they end with this process. Raises the worker's own error.
     """
-    from gadcli.launch.supervisor import LaunchSpec, Supervisor
-
     folder = Path(tempfile.mkdtemp(prefix="gad-eval-"))
     (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)))
     nproc = processes_here(0, request.device)
     started = time.monotonic()
-    supervisor = Supervisor(LaunchSpec(folder, nproc=nproc, timeout_s=SILENCE_S, worker_module=MODULE))
-    try:
-        supervisor.start()
-        shown_at = started
-        while supervisor.poll():
-            if progress and time.monotonic() - shown_at > PROGRESS_S:
-                shown_at = time.monotonic()
-                progress(*_progress_of(folder, nproc))
-            time.sleep(POLL_S)
-    finally:
-        outcome = supervisor.close()
-    if outcome.code != ExitCode.OK:  # the folder stays: it holds the log that the hint names
-        raise _error_of(outcome.code, outcome.message, outcome.hint)
+    shown_at = started
+
+    def watch() -> None:
+        nonlocal shown_at
+        if progress and time.monotonic() - shown_at > PROGRESS_S:
+            shown_at = time.monotonic()
+            progress(*_progress_of(folder, nproc))
+
+    run_workers(folder, MODULE, nproc, watch)
     if progress:
         progress(*_progress_of(folder, nproc))
     sets = _collect(folder, request, nproc, time.monotonic() - started)
     shutil.rmtree(folder)
     return sets
-
-
-def _error_of(code: int, message: str, hint: str) -> GadError:
-    kinds = {int(kind.exit_code): kind for kind in GadError.__subclasses__() if kind.exit_code != ExitCode.BUG}
-    return kinds.get(code, GadError)(message, hint or None)
 
 
 def _progress_of(folder: Path, nproc: int) -> tuple[int, int]:
@@ -144,27 +129,6 @@ def _collect(folder: Path, request: AnswerRequest, nproc: int, seconds: float) -
 
 
 # ---- the worker ----
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(prog=MODULE)
-    arguments.add_argument("--run-dir", type=Path, required=True)
-    folder = arguments.parse_args().run_dir
-    for name, value in ENGINE_VARIABLES.items():  # before torch and vllm are imported
-        os.environ.setdefault(name, value)
-    rank = int(os.environ.get("RANK", "0"))
-    record: dict[str, Any] = {"code": 0, "kind": "Done", "message": "done", "hint": None}
-    try:
-        work(folder, rank)
-    except GadError as error:
-        kind, code = type(error).__name__, int(error.exit_code)
-        record = {"code": code, "kind": kind, "message": error.message, "hint": error.hint}
-        print(f"error: {error.message}", file=sys.stderr)
-    _replace(folder / "logs" / f"rank_{rank}.exit.json", json.dumps(record))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Everything is written; native libraries sometimes abort in their own teardown after that.
-    os._exit(record["code"])
 
 
 def work(folder: Path, rank: int) -> None:
@@ -312,4 +276,4 @@ def _replace(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    worker_main(MODULE, work)
