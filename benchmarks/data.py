@@ -36,7 +36,7 @@ tokens = analyse([FILE], ("content", "teacher_response"), ChatTokenizer.from_fol
 """,
     "gad check -t": """
 from gadcli.data.audit import CheckSpec, audit
-from gadcli.data.check import Limits
+from gadcli.data.tokens import Limits
 from gadcli.chat.tokenize import ChatTokenizer
 summary = audit([FILE], CheckSpec(tokenizer=ChatTokenizer.from_folder(MODEL), limits=Limits(4096, 4096, 8192)))
 assert summary.dropped == 0

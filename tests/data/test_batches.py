@@ -143,8 +143,6 @@ def test_rows_keep_their_text_and_say_where_they_stand(write: Write, tmp_path: P
     cfg = DataConfig(train_files=[one, two], train_batch_size=1)
     data = open_dataset([], tokenizer, cfg, 2048, "train", tmp_path / "c")
     assert (data[3].row_id, data[3].messages, data[3].teacher) == (3, user("é漢"), "b")
-    assert data.locate(3) == (two, 0)
-    assert data.locate(2) == (one, 2)
     assert all(row.teacher_ids[-1] == tokenizer.eos_token_id for row in data)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -17,7 +16,7 @@ import numpy as np
 
 from gadcli.chat.thinking import AnswerReader
 from gadcli.chat.tokenize import ChatTokenizer
-from gadcli.data.check import Progress, account, failure, open_files, scan_rows
+from gadcli.data.check import Progress, account, add_duplicates, failure, open_files, scan_rows
 from gadcli.data.duplicates import DuplicateCounter, hashes
 from gadcli.data.read.chunks import CHUNK_ROWS
 from gadcli.data.read.files import FileInfo
@@ -28,7 +27,6 @@ from gadcli.data.tokens import TOKENISED_ROWS, Answer, Limits, Style, limit, tok
 from gadcli.data.writing import CleanWriter
 from gadcli.errors import DataError
 
-Place = Callable[[int], tuple[str, int]]  # a row id to its file and the row within it
 EXAMPLES = 1000  # findings written for repeats and overlap; all of them are counted
 
 
@@ -67,10 +65,10 @@ def audit(
         writer = None
         if spec.fix and spec.out is not None:
             writer = stack.enter_context(CleanWriter(spec.out, infos, spec.keys))
-        place = _places(_scan(infos, spec, summary, progress, repeats, prompts, writer))
-        _repeats(summary, repeats, place)
+        _scan(infos, spec, summary, progress, repeats, prompts, writer)
+        add_duplicates(summary, repeats, EXAMPLES)
         if prompts is not None:
-            _overlap(spec, summary, prompts, place)
+            _overlap(spec, summary, prompts)
         if writer is not None:
             summary.left_out = writer.left_out
             writer.commit()
@@ -85,14 +83,10 @@ def _scan(
     repeats: DuplicateCounter,
     prompts: DuplicateCounter | None,
     writer: CleanWriter | None,
-) -> list[tuple[int, str]]:
-    """The pass itself; returns where each file begins: its first row id and its name, in order."""
-    starts: list[tuple[int, str]] = []
+) -> None:
+    """The pass itself."""
     most = TOKENISED_ROWS if spec.tokenizer else CHUNK_ROWS
     for batch in scan_rows(infos, summary, progress, with_extras=writer is not None, most_rows=most):
-        start = (batch.first_id - batch.first_row, batch.file)
-        if starts[-1:] != [start]:  # a file named twice starts twice
-            starts.append(start)
         trimmed: list[Row] = []
         if spec.tokenizer is not None:
             tokens = tokenise(spec.tokenizer, batch, spec.style)
@@ -104,13 +98,11 @@ def _scan(
         summary.truncated += len(trimmed)
         good = batch.good()
         ids = np.fromiter((row.row_id for row in good), np.int64, len(good))
-        asked = [row.prompt_json() for row in good]
-        repeats.add(hashes(a + json.dumps(row.answers).encode() for a, row in zip(asked, good, strict=True)), ids)
+        repeats.add(hashes(row.whole_json() for row in good), ids)
         if prompts is not None:
-            prompts.add(hashes(asked), ids)
+            prompts.add(hashes(row.prompt_json() for row in good), ids)
         if writer is not None:
             writer.write(batch, sorted(good + trimmed, key=lambda row: row.row_id))
-    return starts
 
 
 def _trim(rows: list[Row], batch: RowBatch, tokenizer: ChatTokenizer, limits: Limits) -> list[Row]:
@@ -140,24 +132,7 @@ def _cut(text: str, tokenizer: ChatTokenizer, most: int) -> str:
     return ""
 
 
-def _places(starts: list[tuple[int, str]]) -> Place:
-    def place(row_id: int) -> tuple[str, int]:
-        first, file = starts[bisect.bisect(starts, row_id, key=lambda s: s[0]) - 1]
-        return file, row_id - first
-
-    return place
-
-
-def _repeats(summary: Summary, repeats: DuplicateCounter, place: Place) -> None:
-    count, examples = repeats.result(EXAMPLES)
-    for row, earlier in examples:
-        (file, at), (first_file, first_at) = place(row), place(earlier)
-        summary.add([Finding("duplicate", file, f"repeats row {first_at} of {first_file}", row=at)])
-    if count:
-        summary.counts["duplicate"] = count
-
-
-def _overlap(spec: CheckSpec, summary: Summary, prompts: DuplicateCounter, place: Place) -> None:
+def _overlap(spec: CheckSpec, summary: Summary, prompts: DuplicateCounter) -> None:
     """Prompts of the held-out files that training has too."""
     aside = Summary()
     count = 0
@@ -169,7 +144,7 @@ def _overlap(spec: CheckSpec, summary: Summary, prompts: DuplicateCounter, place
             summary.add(f for group in aside.examples.values() for f in group)
         for rows in prompts.shared_with(held):
             for row in rows[: max(0, EXAMPLES - count)].tolist():
-                file, at = place(row)
+                file, at = summary.place(row)
                 summary.add([Finding("overlap", file, "this prompt is in the held-out files too", row=at)])
             count += len(rows)
     if count:

@@ -68,7 +68,6 @@ class Dataset:
         self.dropped: int = meta["dropped"]
         self.truncated: int = meta["truncated"]
         self.warnings: list[str] = meta["warnings"]
-        self._file_rows: list[int] = meta["file_rows"]
         self._index = np.memmap(folder / "index.bin", ENTRY, "r")
         self._rows = np.memmap(folder / "rows.bin", "<u8", "r")
         self._ids = np.memmap(folder / "ids.bin", "<u4", "r")
@@ -125,14 +124,6 @@ class Dataset:
 
     def __iter__(self) -> Iterator[TokenizedRow]:
         return (self[i] for i in range(len(self)))
-
-    def locate(self, row_id: int) -> tuple[str, int]:
-        """The file, and the row within it, that a row id stands for."""
-        for file, rows in zip(self.files, self._file_rows, strict=True):
-            if row_id < rows:
-                return file, row_id
-            row_id -= rows
-        raise IndexError(row_id)
 
 
 class _Choice:

@@ -23,10 +23,9 @@ import numpy.typing as npt
 
 from gadcli.chat.tokenize import ChatTokenizer
 from gadcli.config.schema import DataConfig
-from gadcli.data.check import Progress, account, failure, open_files, scan_rows
+from gadcli.data.check import Progress, account, add_duplicates, failure, open_files, scan_rows
 from gadcli.data.duplicates import DuplicateCounter, content_hash
-from gadcli.data.read.files import FileInfo
-from gadcli.data.read.findings import Finding, Summary
+from gadcli.data.read.findings import Summary
 from gadcli.data.template_check import template_findings
 from gadcli.data.tokens import TOKENISED_ROWS, Limits, Style, TokenBatch, cut_ids, limit, tokenise
 from gadcli.errors import DataError, ResourceError
@@ -101,7 +100,6 @@ class _Builder:
         summary = self.summary
         summary.add(template_findings(self.tokenizer))
         infos = open_files(paths, self.keys, summary)
-        file_rows = {i.path: i.rows or 0 for i in infos}
         with ExitStack() as stack:
             names = ("ids", "index", "rows", "hash", "text")
             out = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
@@ -110,9 +108,8 @@ class _Builder:
                 tokens, cut = limit(tokenise(self.tokenizer, batch, self.style), self.limits)
                 account(batch, summary)
                 summary.truncated += cut
-                file_rows[batch.file] = max(file_rows[batch.file], batch.first_row + len(batch))
                 repeats.add(self.write(tokens, out), np.array([row.row_id for row in tokens.rows], np.int64))
-            _note_repeats(summary, repeats, infos, file_rows)
+            add_duplicates(summary, repeats, examples=5)
         error = failure(
             summary, on_bad_row=self.cfg.on_bad_row, truncation=self.limits.truncation, strict=self.cfg.strict
         )
@@ -120,7 +117,6 @@ class _Builder:
             raise error
         return {
             "files": [i.path for i in infos],
-            "file_rows": [file_rows[i.path] for i in infos],
             "total": summary.total,
             "dropped": summary.dropped,
             "truncated": summary.truncated,
@@ -144,7 +140,7 @@ class _Builder:
             prompt = cut_ids(prompt_ids, self.limits.max_prompt, truncation)
             messages = json.dumps(row.messages, ensure_ascii=False)
             prompts_only[j] = content_hash(row.prompt_json())
-            both[j] = content_hash(row.prompt_json() + json.dumps(row.answers).encode())
+            both[j] = content_hash(row.whole_json())
             firsts[j] = self.entries + len(entries)
             for answer in answers:
                 ids = cut_ids(answer.ids, self.limits.max_response, truncation)
@@ -162,27 +158,6 @@ class _Builder:
         out["hash"].write(prompts_only.tobytes())
         self.entries += len(entries)
         return both
-
-
-def _note_repeats(
-    summary: Summary, repeats: DuplicateCounter, infos: list[FileInfo], file_rows: dict[str, int]
-) -> None:
-    count, examples = repeats.result(examples=5)
-    if not count:
-        return
-
-    def place(row: int) -> tuple[str, int]:
-        for info in infos:
-            if row < file_rows[info.path]:
-                return info.path, row
-            row -= file_rows[info.path]
-        raise IndexError(row)
-
-    for row, earlier in examples:
-        file, at = place(row)
-        first_file, first_at = place(earlier)
-        summary.add([Finding("duplicate", file, f"repeats row {first_at} of {first_file}", row=at)])
-    summary.counts["duplicate"] = count
 
 
 def content_fingerprint(path: str, root: Path) -> str:

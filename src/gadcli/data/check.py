@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from gadcli.data.duplicates import DuplicateCounter
 from gadcli.data.read.choose import choose_files
 from gadcli.data.read.chunks import CHUNK_ROWS, read_chunks
 from gadcli.data.read.files import FileInfo, inspect
@@ -56,6 +57,7 @@ def scan_rows(
     first_id = 0
     for info in infos:
         read, plain = 0, None
+        summary.starts.append((first_id, info.path))
         for chunk in read_chunks(info, with_extras, most_rows):
             if isinstance(chunk, Finding):
                 summary.add([chunk])
@@ -76,6 +78,16 @@ def account(batch: RowBatch, summary: Summary) -> None:
     summary.total += len(batch)
     summary.dropped += batch.bad
     summary.add(batch.findings)
+
+
+def add_duplicates(summary: Summary, rows: DuplicateCounter, examples: int) -> None:
+    """Findings for some of the repeated rows; all of them are counted."""
+    count, found = rows.result(examples)
+    for row, earlier in found:
+        (file, at), (first_file, first_at) = summary.place(row), summary.place(earlier)
+        summary.add([Finding("duplicate", file, f"repeats row {first_at} of {first_file}", row=at)])
+    if count:
+        summary.counts["duplicate"] = count
 
 
 def failure(summary: Summary, *, on_bad_row: str, truncation: str, strict: bool) -> DataError | None:

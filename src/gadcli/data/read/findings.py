@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -191,6 +192,7 @@ class Summary:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Finding]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # columns that a cleaned copy does not carry
+    starts: list[tuple[int, str]] = field(default_factory=list)  # the id of each file's first row, in order
     sink: IO[str] | None = None
 
     @property
@@ -215,6 +217,11 @@ class Summary:
                 self.file_errors += 1
             if self.sink is not None:
                 self.sink.write(finding.to_json() + "\n")
+
+    def place(self, row_id: int) -> tuple[str, int]:
+        """The file that a row id stands for, and the row within it."""
+        first, file = self.starts[bisect.bisect(self.starts, row_id, key=lambda start: start[0]) - 1]
+        return file, row_id - first
 
     def lines(self, level: str | None = None) -> list[str]:
         """One line a reason, most frequent first: count, meaning, first place, what was found there."""

@@ -40,6 +40,10 @@ class Row:
         asked: Any = self.messages if self.tools is None else [self.messages, self.tools]
         return json.dumps(asked, ensure_ascii=False).encode()
 
+    def whole_json(self) -> bytes:
+        """The same with the answers."""
+        return self.prompt_json() + json.dumps(self.answers).encode()
+
 
 @dataclass
 class Chunk:
