@@ -98,6 +98,14 @@ class ChatTokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path, template_kwargs: Mapping[str, Any] | None = None) -> ChatTokenizer:
         """From a model folder; without transformers where tokenizer.json alone defines the tokenizer."""
+        found = cls.without_transformers(folder, template_kwargs)
+        return cls.of(load_tokenizer(folder), folder, template_kwargs) if found is None else found
+
+    @classmethod
+    def without_transformers(
+        cls, folder: str | Path, template_kwargs: Mapping[str, Any] | None = None
+    ) -> ChatTokenizer | None:
+        """From a model folder's files, or None where transformers has to read them."""
         folder = Path(folder)
         if (config := _plain_config(folder)) is not None:
             try:
@@ -112,7 +120,7 @@ class ChatTokenizer:
                 if isinstance(template, list):
                     template = {t["name"]: t["template"] for t in template}
                 return cls(backend, template, specials, folder=folder, template_kwargs=template_kwargs)
-        return cls.of(load_tokenizer(folder), folder, template_kwargs)
+        return None
 
     @property
     def end_id(self) -> int:

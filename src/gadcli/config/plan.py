@@ -62,6 +62,7 @@ class Plan:
 
     cfg: GadConfig
     rows: int | None
+    answers: int | None
     dropped: int
     steps: Steps | None
     world_size: int
@@ -81,7 +82,12 @@ class Plan:
         return {
             "stage": cfg.stage,
             "preset": cfg.preset,
-            "rows": {"kept": self.rows, "dropped": self.dropped, "left_over": steps.left_over if steps else None},
+            "rows": {
+                "kept": self.rows,
+                "answers": self.answers,
+                "dropped": self.dropped,
+                "left_over": steps.left_over if steps else None,
+            },
             "steps": {
                 "per_epoch": steps.per_epoch if steps else None,
                 "total": steps.total if steps else None,
@@ -143,11 +149,12 @@ class Plan:
         if self.rows is None or steps is None:
             yield "rows", "no training file given: steps are not known (data.train_files=…)"
         else:
+            several = f" with {self.answers:,} answers" if self.answers not in (None, self.rows) else ""
             dropped = f", {self.dropped:,} dropped" if self.dropped else ""
             left = f"; {steps.left_over:,} left over each epoch" if steps.left_over else ""
             yield (
                 "rows",
-                f"{self.rows:,} kept{dropped}; {steps.per_epoch:,} steps per epoch of {batch_text(cfg)}{left}",
+                f"{self.rows:,} kept{several}{dropped}; {steps.per_epoch:,} steps per epoch of {batch_text(cfg)}{left}",
             )
             yield "steps", self._steps_text(steps)
         tokens = tokens_per_step(cfg)
@@ -321,10 +328,12 @@ def make_plan(
     warnings: Sequence[str] | None = None,
     origins: Mapping[str, str] | None = None,
     free_gb: Mapping[str, float] | None = None,
+    answers: int | None = None,
 ) -> Plan:
     """Plan a stage; arithmetic only.
 
-    `rows` kept by the data checks (None: no file yet) and `dropped` by them; `model_config` and `critic_config` are
+    `rows` kept by the data checks (None: no file yet) and `dropped` by them, `answers` the teacher's in these (one per
+    row when None); `model_config` and `critic_config` are
     parsed config.json files (None: not on this machine; a critic without its own is the student's backbone).
     `device` is cpu or cuda, `engine` vllm or hf; `free_gb` may hold `device` (one GPU's memory), `ram` and `disk`.
     `warnings` are `check`'s (made here when None). Raises ConfigError, DataError.
@@ -335,7 +344,10 @@ def make_plan(
     base = critic_config or (model_config if not cfg.critic.model.path else None)
     critic = model_shape(base).cut(cfg.critic.model.num_layers) if has_critic and base else None
     free = dict(free_gb or {})
-    steps = count_steps(cfg, rows) if rows is not None else None
+    answers = rows if answers is None else answers
+    each = cfg.stage == "seqkd" and cfg.actor.objective == "sft"  # trains on every answer
+    items = answers if each else rows
+    steps = count_steps(cfg, items) if items is not None else None
     found += unusual(cfg, steps)
     memory = None
     elsewhere: list[Holding] = []
@@ -351,6 +363,7 @@ def make_plan(
     return Plan(
         cfg=cfg,
         rows=rows,
+        answers=answers,
         dropped=dropped,
         steps=steps,
         world_size=world_size,

@@ -14,7 +14,7 @@ from typing import Any
 from gadcli.checkpoint.embedded_model import embedded_or
 from gadcli.config.checks import check, check_inputs
 from gadcli.config.machine import free_disk_gb, gpus, pick_device, pick_engine, ram_gb
-from gadcli.config.modelinfo import read_model_config
+from gadcli.config.modelinfo import local_model_dir, read_model_config
 from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
 from gadcli.config.rewards import reward_specs
@@ -119,6 +119,10 @@ def prepare(request: StageRequest) -> Prepared:
     run_dir = folders.run_dir_of(config)
     data = look_at(config.data)
     warnings += data.notes
+    if data.train_files and (folder := local_model_dir(config.actor.model.path)) is not None:
+        from gadcli.data.preview import preview_in_a_child
+
+        warnings += preview_in_a_child(config, folder, wait=request.dry_run)
     if config.stage != "seqkd":
         warnings += reward_notes(reward_specs(config.rewards), config.data)
     lineage = make_lineage(config, [*data.train_files, *data.val_files])
@@ -130,6 +134,7 @@ def prepare(request: StageRequest) -> Prepared:
     plan = make_plan(
         config, data.train_rows, read_model_config(config.actor.model.path), read_model_config(critic_path), world,
         device=device, engine=engine, warnings=warnings, origins=resolved.origins, free_gb=free_here(run_dir, device),
+        answers=data.train_answers,
     )  # fmt: skip
     return Prepared(resolved, run_dir, plan, lineage, nproc, notes)
 
