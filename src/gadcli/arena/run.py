@@ -38,7 +38,8 @@ UNENDING = 1_000_000
 DEFAULTS = ("trainer.save_freq=20", "trainer.tensorboard.auto_start=never")
 # Overridden here for each run, so no single value of the user's can stand for all of them.
 OWN_KEYS = ("actor.model.path", "critic.model.path", "data.train_files", "data.val_files", "data.val_rows",
-            "trainer.output_dir", "trainer.exp_name", "trainer.seed", "trainer.critic_warmup")  # fmt: skip
+            "trainer.output_dir", "trainer.exp_name", "trainer.seed", "trainer.critic_warmup", "trainer.total_steps",
+           "trainer.total_epochs", "trainer.max_time_s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class ArenaRuns:
         self.spec = spec
         for word in [*spec.overrides, *(word for arm in spec.arms for word in arm.overrides)]:
             if (key := read_override(word).key) in OWN_KEYS:
-                raise ConfigError(f"{key} is set by the arena for each run", "leave it out")
+                raise ConfigError(f"{key} is set by the arena for each run", "leave it out; see gad arena -h")
         self.commands: dict[tuple[int, str], str] = {}
         self.data: dict[str, tuple[str, ...]] = {}
 
@@ -254,7 +255,7 @@ class ArenaRuns:
             max_response_length=cfg.data.max_response_length, prompt_key=cfg.data.prompt_key,
             response_key=cfg.data.response_key, engine=cfg.rollout.engine, device=cfg.trainer.device,
             dtype=cfg.actor.model.dtype, max_num_seqs=cfg.rollout.max_num_seqs, seed=result.seed,
-            teacher=self.spec.teacher,
+            teacher=self.spec.teacher, reads=cfg.critic.reads, template_kwargs=dict(cfg.data.template_kwargs),
         )  # fmt: skip
         path = self.spec.folder / "answers" / f"{result.arm}-seed{result.seed}.json"
         asked = json.loads(json.dumps(asdict(request)))
