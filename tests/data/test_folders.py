@@ -120,7 +120,7 @@ def test_a_misspelt_file_is_not_taken_for_a_data_set_on_a_hub(tmp_path: Path, mo
 
 def test_the_check_and_the_plan_say_what_was_taken(tmp_path: Path, capsys: Any) -> None:
     from gadcli.config.schema import DataConfig
-    from gadcli.launch.data_files import look_at
+    from gadcli.launch.inputs import look_at
 
     put(tmp_path, "train.jsonl", "test.jsonl")
     assert run(["data", "check", str(tmp_path)]) == 0

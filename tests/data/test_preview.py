@@ -15,7 +15,7 @@ from gadcli.config.resolve import dump_yaml, resolve
 from gadcli.config.schema import GadConfig
 from gadcli.data.preview import main, preview_in_a_child
 from gadcli.errors import ConfigError, DataError
-from gadcli.launch.data_files import look_at
+from gadcli.launch.inputs import look_at
 
 
 def config(path: str, *words: str, stage: str = "gad") -> GadConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gadcli.train.worker import _as_peer_error
+from gadcli.distributed.worker_end import as_peer_error
 from train.training import prepare, start, steps, write_inputs
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41234"
@@ -35,4 +35,4 @@ def test_a_rank_whose_peer_was_killed_ends_with_7(tmp_path: Path) -> None:
     [(RuntimeError(GLOO), True), (RuntimeError("shape '[2]' is invalid"), False), (ValueError(GLOO), False)],
 )
 def test_only_what_the_transport_raises_is_a_lost_peer(error: Exception, known: bool) -> None:
-    assert (_as_peer_error(error) is not None) == known
+    assert (as_peer_error(error) is not None) == known

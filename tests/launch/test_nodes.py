@@ -20,15 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gadcli.launch.cluster import (
-    Node,
-    expand_hosts,
-    slurm_node,
-    slurm_place,
-    torchrun_place,
-    without_option,
-)
+from gadcli.launch.cluster import without_option
 from gadcli.launch.environment import free_port
+from gadcli.launch.started_by import Node, expand_hosts, slurm_node, slurm_place, torchrun_place
 from launch.processes import HERE, SOURCE, alive, wait_until
 
 GAD = str(HERE / "gad_process.py")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from gadcli.launch import environment, lifetime
-from gadcli.launch.outcome import Lost, RankEnd, StopRequest, judge, log_tail, oom_kills
+from gadcli.launch.outcome import Lost, RankEnd, StopRequest, judge, last_words, oom_kills
+from gadcli.launch.supervisor import lost_rank
 
 NO_STOP = StopRequest()
 
@@ -70,10 +71,48 @@ def test_a_stop_before_the_workers_listened_is_an_interruption_and_no_loss(tmp_p
     assert judge([RankEnd(0, -signal.SIGINT, 1.0)], tmp_path, NO_STOP).code == 7
 
 
-def test_a_logs_end_is_read_without_its_blank_lines(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("a\n\nb\n \nc\n")
-    assert log_tail(tmp_path / "log", 2) == ["b", "c"]
-    assert log_tail(tmp_path / "absent") == []
+def test_a_logs_end_is_that_of_its_last_start_without_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("--- started 1 ---\nold\n--- started 2 ---\na\n\nb\x1b[31m\n \nc\n")
+    assert last_words(tmp_path / "log", 2) == ["b[31m", "c"]
+    assert last_words(tmp_path / "log") == ["a", "b[31m", "c"]
+    (tmp_path / "log").write_text("old\n--- started 3 ---\n")
+    assert last_words(tmp_path / "log") == last_words(tmp_path / "absent") == []
+
+
+def test_after_a_crash_in_native_code_the_frames_where_it_happened_are_shown(tmp_path: Path) -> None:
+    """A real one, in a deep stack with another thread: Python's report ends in what helps nobody."""
+    program = (
+        "import ctypes, faulthandler, threading, numpy; faulthandler.enable()\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "def culprit(): ctypes.string_at(0)\n"
+        "def deep(n): deep(n - 1) if n else culprit()\n"
+        "deep(40)"
+    )
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run([sys.executable, "-c", program], stderr=log, stdout=log, check=False)
+    said = judge([RankEnd(0, done.returncode, 1.0)], tmp_path, NO_STOP)
+    assert (said.code, said.message.split(";")[0]) == (7, "rank 0 crashed in native code (SIGSEGV)")
+    told = last_words(tmp_path / "log")
+    assert told[0] == "Fatal Python error: Segmentation fault" and len(told) <= 8
+    assert any("in culprit" in line for line in told)
+
+
+def test_a_success_or_a_stop_that_nobody_recorded_is_a_failure(tmp_path: Path) -> None:
+    """os._exit(0) in a library, or in a user's reward function, is no run that is done."""
+    for status in (0, 130, 143, 99):
+        said = judge([RankEnd(0, status, 1.0)], tmp_path, NO_STOP)
+        assert said.code == 1 and said.message == f"rank 0 exited with code {status} without an error record"
+        assert said.tail == ["(the log is empty)"] and str(tmp_path / "rank_0.log") in said.hint
+
+
+def test_the_rank_that_torchs_launcher_lost_is_read_from_its_log(tmp_path: Path) -> None:
+    block = "[{}]:\n  time      : now\n  host      : h\n  rank      : {} (local_rank: 0)\n  exitcode  : {} (pid: 7)\n"
+    log = tmp_path / "node_0.log"
+    log.write_text(f"--- started 1 ---\nRoot Cause (first observed failure):\n{block.format(0, 9, -9)}"
+                   f"--- started 2 ---\nFailures:\n{block.format(1, 2, -15)}"
+                   f"Root Cause (first observed failure):\n{block.format(0, 1, -11)}")  # fmt: skip
+    assert lost_rank(log) == (1, -11)
+    assert lost_rank(tmp_path / "absent") is None
 
 
 def test_cores_are_shared_out_and_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,13 @@ def test_a_traceback_without_a_record_is_a_bug_with_the_log_named(start: Start) 
     assert "rank_0.log" in err and "tail ValueError: a bug for the log" in err
 
 
+@pytest.mark.parametrize("status", [0, 1, 77])
+def test_an_exit_from_inside_without_a_record_is_a_bug_with_the_logs_end(start: Start, status: int) -> None:
+    code, _, err = start(f"steps=1 silent={status}").end()
+    assert code == 1
+    assert f"rank 0 exited with code {status} without an error record" in err and "tail rank 0 is up" in err
+
+
 def test_an_abort_after_the_work_was_done_is_still_0(start: Start) -> None:
     assert start("steps=1 abort").end()[0] == 0
 
@@ -51,8 +58,11 @@ def test_the_rank_with_a_reason_of_its_own_is_named_and_the_waiting_one_is_ended
     assert not alive(waiting)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_rank_ends_the_run_with_7_within_10_s(start: Start, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSEGV, "crashed in native code (SIGSEGV)")],
+)
+def test_a_killed_rank_ends_the_run_with_7_within_10_s(start: Start, number: signal.Signals, words: str) -> None:
     parent = start("steps=1 hang", nproc=2)
     victim, other = parent.pid_of("pid_1"), parent.pid_of("pid_0")
     parent.stepping()
@@ -60,7 +70,7 @@ def test_a_killed_rank_ends_the_run_with_7_within_10_s(start: Start, number: sig
     os.kill(victim, number)
     code, _, err = parent.end()
     assert code == PEERS and time.monotonic() - began < 10
-    assert f"outcome 7 rank 1: rank 1 was killed by {number.name}" in err
+    assert f"outcome 7 rank 1: rank 1 {words}" in err
     assert not alive(other)
 
 

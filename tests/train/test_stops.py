@@ -1,24 +1,21 @@
-"""What ends a run early, in this process with the real loop: signals in every phase, alarms, want of memory.
+"""What ends a run early, in this process with the real loop: signals in every phase, alarms.
 
 Pinned here: a signal that arrives in any phase of a step lets the step end, saves, and the run resumes bit-equal · one
-that asks for a save saves and goes on · health.on_bad=stop saves and ends with 5 · want of memory in any of its
-spellings ends with 6 and names the knob.
+that asks for a save saves and goes on · health.on_bad=stop saves and ends with 5.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from gadcli.checkpoint.manifest import latest_valid, list_checkpoints
 from gadcli.errors import UnhealthyError
 from gadcli.metrics.health import Alarm
-from gadcli.train import loop, worker
+from gadcli.train import loop
 from gadcli.train.build import build_run
 from gadcli.train.stages import train_adversarial
 from train.in_process import begin, process_as_it_was, send_in, to_the_end
@@ -90,91 +87,3 @@ def test_the_same_alarm_with_on_bad_warn_is_told_and_the_run_goes_on(inputs: Pat
     run.records._tell([Alarm(1, "critic/score_diff", "bad", "scores run away", "critic.loss=final")])
     to_the_end(run)
     assert list(steps(tmp_path / "run")) == [1, 2]
-
-
-def too_large() -> None:
-    torch.empty(2**50)  # a petabyte of float32: torch's own message
-
-
-def plain() -> None:
-    raise MemoryError  # python's, which has no text
-
-
-def no_cache() -> None:
-    raise ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when …")
-
-
-def no_share() -> None:
-    raise ValueError(
-        "Free memory on device cuda:0 (1.2/79.6 GiB) on startup is less than desired GPU memory utilization …"
-    )
-
-
-def cuda() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
-
-
-def cuda_driver() -> None:
-    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported …")
-
-
-def cublas() -> None:
-    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-
-
-def nccl() -> None:
-    raise RuntimeError("NCCL error in: …\nncclUnhandledCudaError: …\nLast error:\nCuda failure 2 'out of memory'")
-
-
-@pytest.mark.parametrize("fails", [too_large, plain, no_cache, no_share, cuda, cuda_driver, cublas, nccl])
-def test_want_of_memory_ends_with_6_and_names_the_knob(
-    fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(worker, "train", lambda run_dir, resume: fails())
-    assert worker.guarded(tmp_path, False) == 6
-    record = json.loads((tmp_path / "logs" / "rank_0.exit.json").read_text())
-    assert record["code"] == 6 and record["message"].startswith("out of memory")
-    assert "micro_batch_tokens" in record["hint"] and "kv_cache_gb" in record["hint"]
-
-
-def test_a_full_disk_under_any_file_of_the_run_is_6_though_even_the_record_finds_no_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real error of a real full device; and a run's folder in which nothing can be created."""
-
-    def fails(run_dir: Path, resume: bool) -> int:
-        with open("/dev/full", "wb", buffering=0) as file:
-            return file.write(b"x")
-
-    monkeypatch.setattr(worker, "train", fails)
-    assert worker.guarded(tmp_path, False) == 6
-    record = json.loads((tmp_path / "logs" / "rank_0.exit.json").read_text())
-    assert record["message"].startswith("disk full") and "intact" in record["hint"]
-    (tmp_path / "file").write_text("")
-    assert worker.guarded(tmp_path / "file", False) == 6  # logs/ cannot be made below a file
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        ("[/gloo/transport/tcp/pair.cc:339] writev [127.0.0.1]:3724: No space left on device", 6),
-        ("Error while serializing: I/O error: No space left on device (os error 28)", 6),
-        ("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3724", 7),
-    ],
-)
-def test_a_full_disk_that_a_library_only_has_words_for_is_6(
-    words: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(run_dir: Path, resume: bool) -> int:
-        raise RuntimeError(words)
-
-    monkeypatch.setattr(worker, "train", fails)
-    assert worker.guarded(tmp_path, False) == code
-
-
-def test_another_error_of_the_same_kinds_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(run_dir: Path, resume: bool) -> int:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(worker, "train", fails)
-    assert worker.guarded(tmp_path, False) == 1

@@ -28,8 +28,8 @@ from gadcli.evaluate.answers import AnswerRequest, AnswerSet, draw_answers
 from gadcli.evaluate.text import Sample
 from gadcli.files import write_atomic
 from gadcli.launch import run_folder as folders
-from gadcli.launch.data_files import look_at
 from gadcli.launch.display import say
+from gadcli.launch.inputs import look_at
 from gadcli.launch.stage import StageRequest, run_stage
 
 SPEC_FILE = "arena.json"

@@ -45,6 +45,8 @@ def init_world(device: str, fsdp: FsdpConfig) -> World:
             raise ConfigError(
                 "trainer.device is cuda, but torch sees no GPU", "trainer.device=cpu, or run `gad doctor`"
             )
+        local_rank = visible_device(local_rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(local_rank)  # by which vLLM finds its device
         torch.cuda.set_device(local_rank)
     else:
         choose_products()
@@ -67,6 +69,21 @@ def init_world(device: str, fsdp: FsdpConfig) -> World:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     torch_device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     return World(rank, size, torch_device, mesh)
+
+
+def visible_device(local_rank: int, devices: int) -> int:
+    """The device of this machine's `local_rank`-th process: its own number, or the only one where each sees its own.
+
+    Launchers such as SLURM's --gpus-per-task show every process one GPU, which is number 0 there.
+    """
+    if devices == 1:
+        return 0
+    if local_rank >= devices:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: {devices} are visible",
+            f"trainer.nproc={devices}, or more GPUs in CUDA_VISIBLE_DEVICES",
+        )
+    return local_rank
 
 
 def sum_over_ranks(values: Iterable[float]) -> list[float]:

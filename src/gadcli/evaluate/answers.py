@@ -7,7 +7,6 @@ DIR`) this file is one rank's worker: it reads DIR/request.json and writes DIR/a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from gadcli.chat.thinking import AnswerReader
 from gadcli.evaluate.text import Sample
 from gadcli.evaluate.worker import run_workers, worker_main
+from gadcli.files import write_atomic
 from gadcli.launch.environment import processes_here
 
 REQUEST_FILE = "request.json"
@@ -163,7 +163,7 @@ def work(folder: Path, rank: int) -> None:
     data = open_dataset(list(request.files), chat, data_cfg, max_model_len, split="val", style=style)
     total = sum(len(data) * (request.n if temperature else 1) for temperature in request.temperatures)
     if rank == 0:
-        _replace(folder / PLAN_FILE, json.dumps({"answers": total, "dropped": data.dropped}))
+        write_atomic(folder / PLAN_FILE, json.dumps({"answers": total, "dropped": data.dropped}))
     rollout = RolloutConfig(
         engine=request.engine,
         max_model_len=max_model_len,
@@ -266,13 +266,6 @@ def prompt_text(messages: list[dict[str, str]]) -> str:
     if len(messages) == 1 or len(turns) == 1:
         return turns[0]["content"] if turns else messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":

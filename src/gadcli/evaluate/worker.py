@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from gadcli.errors import ExitCode, GadError
-from gadcli.files import write_atomic
-from gadcli.launch.environment import ENGINE_VARIABLES
+from gadcli.distributed.worker_end import rank, run_worker
+from gadcli.errors import ExitCode
+from gadcli.launch.environment import engine_variables
+from gadcli.launch.outcome import as_error, shown_tail
+from gadcli.launch.started_by import refuse_worlds
 
 POLL_S = 0.1
 SILENCE_S = 1800.0  # a worker without a sign of life for so long is lost; loading a large model is quiet
+MEMORY_HINT = "shorter --max-prompt-length and --max-response-length, or --engine hf, take less"
 
 
 def run_workers(folder: Path, module: str, nproc: int, watch: Callable[[], None]) -> None:
@@ -26,6 +26,7 @@ def run_workers(folder: Path, module: str, nproc: int, watch: Callable[[], None]
     """
     from gadcli.launch.supervisor import LaunchSpec, Supervisor
 
+    refuse_worlds("this command")
     supervisor = Supervisor(LaunchSpec(folder, nproc=nproc, timeout_s=SILENCE_S, worker_module=module))
     try:
         supervisor.start()
@@ -36,8 +37,9 @@ def run_workers(folder: Path, module: str, nproc: int, watch: Callable[[], None]
         outcome = supervisor.close()
         watch()
     if outcome.code != ExitCode.OK:
-        kinds = {int(kind.exit_code): kind for kind in GadError.__subclasses__() if kind.exit_code != ExitCode.BUG}
-        raise kinds.get(outcome.code, GadError)(outcome.message, outcome.hint or None)
+        for line in shown_tail(outcome):
+            print(line, file=sys.stderr)
+        raise as_error(outcome)
 
 
 def worker_main(module: str, work: Callable[[Path, int], None]) -> None:
@@ -45,20 +47,9 @@ def worker_main(module: str, work: Callable[[Path, int], None]) -> None:
     arguments = argparse.ArgumentParser(prog=module)
     arguments.add_argument("--run-dir", type=Path, required=True)
     folder = arguments.parse_args().run_dir
-    for name, value in ENGINE_VARIABLES.items():  # before torch and vllm are imported
-        os.environ.setdefault(name, value)
-    rank = int(os.environ.get("RANK", "0"))
-    record: dict[str, Any] = {"code": 0, "kind": "Done", "message": "done", "hint": None}
-    try:
-        work(folder, rank)
-    except GadError as error:
-        kind, code = type(error).__name__, int(error.exit_code)
-        record = {"code": code, "kind": kind, "message": error.message, "hint": error.hint}
-        print(f"error: {error.message}", file=sys.stderr)
-    path = folder / "logs" / f"rank_{rank}.exit.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(record))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Everything is written; native libraries sometimes abort in their own teardown after that.
-    os._exit(record["code"])
+
+    def whole() -> int:
+        work(folder, rank())
+        return 0  # no signal ends it early
+
+    run_worker(folder, whole, engine_variables(), memory_hint=MEMORY_HINT)

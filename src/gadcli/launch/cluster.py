@@ -1,15 +1,13 @@
-"""How a command was started: by hand, under a user's own torchrun, or by SLURM; and SLURM's job file. No torch."""
+"""A stage in the world it was started in: a rank of another launcher, one machine of several; SLURM's job file."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from gadcli.config.resolve import resolve
@@ -18,124 +16,66 @@ from gadcli.files import write_atomic
 from gadcli.launch import environment, lifetime
 from gadcli.launch import run_folder as folders
 from gadcli.launch.display import say
-from gadcli.launch.stage import StageRequest, prepare, run_stage, show_plan, take_folder
+from gadcli.launch.stage import StageRequest, prepare, run_stage, show_plan, take_folder, with_runs_own_config
+from gadcli.launch.started_by import Place, Start, read_start
 
 READY_WAIT_S = 300.0
-PORT_BASE, PORT_RANGE = 20_000, 20_000
-
-
-@dataclass(frozen=True)
-class Place:
-    """One process of a world that somebody else started. `launch_id` tells this start from every earlier one."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    host: str
-    port: int
-    launch_id: str
-    restarted: bool = False  # as far as the launcher's own variables say
-
-    @property
-    def variables(self) -> dict[str, str]:
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world),
-            "MASTER_ADDR": self.host,
-            "MASTER_PORT": str(self.port),
-        }
-
-
-@dataclass(frozen=True)
-class Node:
-    """One machine of several, where this process is to start the workers."""
-
-    rank: int
-    count: int
-    endpoint: str
+READY_WAIT_S = 300.0
 
 
 def start_stage(request: StageRequest, sbatch: Path | None = None) -> int:
     """Run a stage the way this process was started."""
     if sbatch is not None:
         return write_sbatch(request, sbatch)
-    place = torchrun_place(os.environ) or slurm_place(os.environ)
-    if place is not None and not request.dry_run:
-        return become_worker(request, place)
-    return run_stage(on_node(request, slurm_node(os.environ)))
+    start = read_start(os.environ)
+    request = in_its_world(request, start)
+    if start.place is not None and not request.dry_run:
+        return become_worker(request, start.place)
+    return run_stage(request)
 
 
-def on_node(request: StageRequest, node: Node | None) -> StageRequest:
-    """The request with SLURM's machines filled in, where the user has not said otherwise."""
-    if node is None or request.rdzv_endpoint:
+def in_its_world(request: StageRequest, start: Start) -> StageRequest:
+    """The request with the world that this process was started in; what the user asks for is not overruled.
+
+    Raises ConfigError (2) where the two differ, so that a world is never silently smaller than one of them says.
+    """
+    request = replace(request, notes=(*request.notes, *start.notes))
+    place, node = start.place, start.node
+    if place is None and node is None:
         return request
-    flags = {"trainer.nnodes": node.count, **request.flags}
+    asked = with_runs_own_config(request)
+    trainer = resolve(
+        asked.stage, asked.preset, asked.config_file, dict(asked.flags), list(asked.overrides)
+    ).config.trainer
+    if place is not None:
+        _agree("trainer.nproc", trainer.nproc, place.local_world, "processes on this machine")
+        _agree("trainer.nnodes", trainer.nnodes, place.world // place.local_world, "machines")
+        world = {"trainer.nproc": place.local_world, "trainer.nnodes": place.world // place.local_world}
+        return replace(
+            request, flags={**request.flags, **world}, is_rank=True, rdzv_endpoint=f"{place.host}:{place.port}"
+        )
+    assert node is not None
+    if request.rdzv_endpoint:
+        return replace(request, notes=(*request.notes, "--rdzv-endpoint is given: the environment's world is not used"))
+    _agree("trainer.nnodes", trainer.nnodes, node.count, "machines")
+    if request.node_rank not in (None, node.rank):
+        raise ConfigError(
+            f"--node-rank is {request.node_rank}, but this is machine {node.rank} of {node.count} by the environment",
+            "leave it out, or give --rdzv-endpoint too: the environment then counts for nothing",
+        )
+    flags = {**request.flags, "trainer.nnodes": node.count}
+    if node.nproc and not trainer.nproc:
+        flags["trainer.nproc"] = node.nproc
     return replace(request, flags=flags, node_rank=node.rank, rdzv_endpoint=node.endpoint)
 
 
-# -- who started us --------------------------------------------------------------------------------------------------
-
-
-def torchrun_place(env: Mapping[str, str]) -> Place | None:
-    """This process's place in a user's own `torchrun … -m gadcli.cli.app train …`; None when it is in none."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        return None
-    restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    # Not the count of restarts: it differs between machines when one follows another's restart.
-    launch_id = f"{env.get('TORCHELASTIC_RUN_ID', 'static')}-{env['MASTER_PORT']}"
-    return Place(
-        int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")),
-        int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])), env["MASTER_ADDR"], int(env["MASTER_PORT"]),
-        launch_id, restarts > 0,
-    )  # fmt: skip
-
-
-def slurm_place(env: Mapping[str, str]) -> Place | None:
-    """This task's place under `srun` with several tasks a machine (a task is a rank); None otherwise."""
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
-        return None
-    tasks, nodes = int(env.get("SLURM_STEP_NUM_TASKS", "1")), int(env.get("SLURM_STEP_NUM_NODES", "1"))
-    if tasks <= nodes:
-        return None
-    return Place(
-        int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", "0")), tasks // nodes, *_meeting(env),
-        f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}", int(env.get("SLURM_RESTART_COUNT", "0")) > 0,
-    )  # fmt: skip
-
-
-def slurm_node(env: Mapping[str, str]) -> Node | None:
-    """This machine's number under `srun` with one task a machine; None on one machine or outside SLURM."""
-    if "SLURM_STEP_ID" not in env or int(env.get("SLURM_STEP_NUM_NODES", "1")) < 2:
-        return None
-    host, port = _meeting(env)
-    return Node(int(env["SLURM_NODEID"]), int(env["SLURM_STEP_NUM_NODES"]), f"{host}:{port}")
-
-
-def _meeting(env: Mapping[str, str]) -> tuple[str, int]:
-    """The first machine of the step, and a port that all its tasks derive alike."""
-    hosts = expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
-    if not hosts:
-        raise ConfigError("SLURM names no machines (SLURM_JOB_NODELIST is empty)", "--rdzv-endpoint HOST:PORT")
-    return hosts[0], PORT_BASE + int(env.get("SLURM_JOB_ID", "0")) % PORT_RANGE
-
-
-def expand_hosts(text: str) -> list[str]:
-    """SLURM's short list of hosts, written out: `a[01-03,7],b` is a01 a02 a03 a7 b."""
-    hosts = []
-    for word in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)?", text):
-        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", word)
-        if match is None:
-            hosts.append(word)
-            continue
-        head, inner, rest = match.groups()
-        for part in inner.split(","):
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            hosts += [f"{head}{number:0{len(first)}d}{rest}" for number in numbers]
-    return hosts
+def _agree(key: str, asked: int, given: int, what: str) -> None:
+    """nproc 0 and nnodes 1 are the defaults, which ask for nothing."""
+    if asked not in (given, 0) and (key, asked) != ("trainer.nnodes", 1):
+        raise ConfigError(
+            f"{key} is {asked}, but this was started as part of {given} {what}",
+            f"{key}={given} or without it; or change what the launcher starts",
+        )
 
 
 # -- being a worker ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gadcli
 from gadcli.config.machine import cache_folder, cores, gpus, version_of
+from gadcli.launch.started_by import OTHER_TRAINERS, RANK_NAMES
 
 LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
@@ -122,7 +123,9 @@ def base_env(nproc: int, one_node: bool) -> dict[str, str]:
     Threads: the cores are shared out among the workers. More than one thread needs OMP_WAIT_POLICY=PASSIVE: spinning
     threads beside a busy core cut throughput tenfold.
     """
-    env = dict(os.environ)
+    # transformers and torch's launcher obey settings that other launchers left (FSDP_CPU_RAM_EFFICIENT_LOADING: weights
+    # on rank 0 alone; PET_STANDALONE): `started_by` has told the user of them.
+    env = {name: value for name, value in os.environ.items() if not name.startswith((*OTHER_TRAINERS, "PET_"))}
     for name, value in engine_variables().items():
         env.setdefault(name, value)
     threads = max(1, cores() // max(1, nproc))
@@ -152,7 +155,7 @@ def python_path() -> str:
 def rank_env(env: Mapping[str, str], rank: int, world: int, local_rank: int, local_world: int) -> dict[str, str]:
     """One rank's place in a world on this machine. A world of one needs no rendezvous, so it gets no variables."""
     if world == 1:
-        return {name: value for name, value in env.items() if name not in RANK_VARIABLES}
+        return {name: value for name, value in env.items() if name not in RANK_NAMES}
     return {
         **env,
         "RANK": str(rank),
@@ -160,6 +163,3 @@ def rank_env(env: Mapping[str, str], rank: int, world: int, local_rank: int, loc
         "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(local_world),
     }
-
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -14,7 +14,11 @@ import runpy
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
+
+from gadcli.distributed.worker_end import LAUNCHER_STDERR_VARIABLE
+from gadcli.launch.outcome import STARTED
 
 PARENT_VARIABLE = "GAD_PARENT_PID"
 LOG_DIR_VARIABLE = "GAD_LOG_DIR"
@@ -42,14 +46,19 @@ def dump_stacks_on_request() -> None:
 
 
 def log_to_file(folder: Path, rank: int) -> None:
-    """Point stdout and stderr, file descriptors included, at `rank_R.log` (appended)."""
+    """Point stdout and stderr, file descriptors included, at `rank_R.log` (appended).
+
+    The launcher's stderr stays open: a worker that fails says so there too (`worker_end.record_end`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    os.environ[LAUNCHER_STDERR_VARIABLE] = str(os.dup(2))
     handle = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+    os.write(2, f"{STARTED} {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
 
 
 def agent_key() -> str:

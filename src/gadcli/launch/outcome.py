@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gadcli.errors import ExitCode
+from gadcli.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ExitCode,
+    GadError,
+    PeerError,
+    ResourceError,
+    UnhealthyError,
+)
 
 RESUME_HINT = "--resume goes on from the last checkpoint"
-TAIL_LINES = 12
+STARTED = "--- started"  # a log's line for each start
+FATAL = "Fatal Python error"  # of faulthandler, when native code crashes
+LINE_CHARS = 300
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+TAIL_LINES = 8
 TAIL_BYTES = 32_768
 # Where the kernel counts the processes it killed for want of memory: machine-wide, then cgroup v2 and v1.
 OOM_COUNTERS = (
@@ -20,6 +33,9 @@ OOM_COUNTERS = (
     "/sys/fs/cgroup/memory.events",
     "/sys/fs/cgroup/memory/memory.oom_control",
 )
+KINDS: dict[int, type[GadError]] = {
+    kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, UnhealthyError, ResourceError, PeerError)
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,9 @@ class RankEnd:
             return int(self.record["code"])
         if self.status < 0:
             return int(ExitCode.PEERS)
-        return self.status if self.status in set(ExitCode) else int(ExitCode.BUG)
+        # A success or a stop that nobody has recorded is none: something else ended the process.
+        recorded_only = (ExitCode.OK, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+        return self.status if self.status in set(ExitCode) - set(recorded_only) else int(ExitCode.BUG)
 
     @property
     def failed(self) -> bool:
@@ -82,15 +100,6 @@ class StopRequest:
         return int(ExitCode.INTERRUPTED if self.number == signal.SIGINT else ExitCode.TERMINATED)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A worker's exit.json, or None where it left none (or a torn one)."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("code"), int) else None
-
-
 def oom_kills(counters: Sequence[str] = OOM_COUNTERS) -> int:
     """How many processes the kernel has killed for memory so far, summed over the counters that can be read."""
     total = 0
@@ -103,8 +112,12 @@ def oom_kills(counters: Sequence[str] = OOM_COUNTERS) -> int:
     return total
 
 
-def log_tail(path: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log, without the empty ones; reads its end only."""
+def last_words(path: Path, lines: int = TAIL_LINES) -> list[str]:
+    """What a log says of its process's end: the last lines since its last start, without the empty ones.
+
+    After a crash in native code these are the lines around Python's "Fatal Python error", whose own list of all threads
+    and extension modules would hide them. Only the log's end is read; control characters are left out.
+    """
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -112,7 +125,15 @@ def log_tail(path: Path, lines: int = TAIL_LINES) -> list[str]:
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+    text = text[text.rfind(STARTED) + 1 :].partition("\n")[2] if STARTED in text else text
+    printable = ("".join(c for c in line if c.isprintable() or c == "\t") for line in text.splitlines())
+    found = [line.rstrip()[:LINE_CHARS] for line in printable if line.strip()]
+    fatal = next((i for i, line in enumerate(found) if line.startswith(FATAL)), None)
+    if fatal is None:
+        return found[-lines:]
+    thread = next((i for i in range(fatal, len(found)) if found[i].startswith("Current thread")), fatal + 1)
+    before = found[max(0, fatal - 3) : fatal + 1]
+    return before + found[thread : thread + lines - len(before)]
 
 
 def culprit(ends: Sequence[RankEnd]) -> RankEnd | None:
@@ -139,7 +160,7 @@ def judge(
     if lost is not None and (first is None or first.ours or first.code == ExitCode.PEERS):
         log = logs / f"rank_{lost.rank}.log"
         hint = f"{RESUME_HINT}; the stacks are in {log}"
-        return Outcome(ExitCode.PEERS, lost.message, hint, lost.rank, log, log_tail(log))
+        return Outcome(ExitCode.PEERS, lost.message, hint, lost.rank, log, last_words(log))
     if first is None:
         interrupted = [end for end in ends if end.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED)]
         if interrupted:
@@ -160,40 +181,47 @@ def _from_record(end: RankEnd, logs: Path) -> Outcome:
 def _failure(end: RankEnd, logs: Path, oom: bool) -> Outcome:
     """The outcome of a rank that failed: its own words where it left some, else what its process's status says."""
     log = logs / f"rank_{end.rank}.log"
-    tail = log_tail(log)
+    tail = last_words(log)
     if end.record is not None:
         said = _from_record(end, logs)
         hint = said.hint
         if end.code == ExitCode.BUG and not hint:
             hint = f"this is a bug of gad; the traceback is in {log}"
+        if end.code not in (ExitCode.BUG, ExitCode.PEERS):  # the message says it all
+            tail = []
         return Outcome(end.code, said.message or f"rank {end.rank} failed", hint, end.rank, log, tail)
+    told = functools.partial(Outcome, rank=end.rank, log=log, tail=tail or ["(the log is empty)"])
     if end.status < 0:
-        name = signal.Signals(-end.status).name
         if -end.status == signal.SIGKILL and oom:
-            return Outcome(
-                ExitCode.RESOURCES,
-                f"rank {end.rank} was killed by the kernel: the machine ran out of memory",
-                "rollout.max_num_seqs, rollout.kv_cache_gb, actor.micro_batch_tokens or LoRA take less; then --resume",
-                end.rank,
-                log,
-                tail,
-            )
-        return Outcome(
-            ExitCode.PEERS,
-            f"rank {end.rank} was killed by {name}; the others were stopped",
-            RESUME_HINT,
-            end.rank,
-            log,
-            tail,
-        )
+            message = f"rank {end.rank} was killed by the kernel: the machine ran out of memory"
+            less = "rollout.max_num_seqs, rollout.kv_cache_gb, actor.micro_batch_tokens or LoRA take less"
+            return told(ExitCode.RESOURCES, message, f"{less}; then --resume")
+        name = signal_name(-end.status)
+        what = f"crashed in native code ({name})" if -end.status in CRASHES else f"was killed by {name}"
+        hint = RESUME_HINT
+        if -end.status == signal.SIGBUS:
+            hint = f"often a full disk or /dev/shm (df {logs} /dev/shm); then {RESUME_HINT}"
+        return told(ExitCode.PEERS, f"rank {end.rank} {what}; the others were stopped", hint)
     if end.status == ExitCode.RESOURCES:
         message = f"rank {end.rank} ran out of disk or memory, and had no room left to say which"
-        return Outcome(end.code, message, f"df {logs}; then {RESUME_HINT}", end.rank, log, tail)
-    return Outcome(
-        end.code,
-        f"rank {end.rank} ended with code {end.status} and left no word",
-        f"this is a bug of gad; its log is {log}",
-        end.rank,
-        log,
-        tail,
-    )
+        return told(end.code, message, f"df {logs}; then {RESUME_HINT}")
+    message = f"rank {end.rank} exited with code {end.status} without an error record"
+    return told(end.code, message, f"something ended it from inside (os._exit, a library); its log is {log}")
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def as_error(outcome: Outcome) -> GadError:
+    """The error that a failed outcome is for whoever called."""
+    return KINDS.get(outcome.code, GadError)(outcome.message, outcome.hint or None)
+
+
+def shown_tail(outcome: Outcome) -> list[str]:
+    """The failing rank's last lines, for people."""
+    head = [f"--- {outcome.log}"] if outcome.tail else []
+    return head + [f"    {line}" for line in outcome.tail]

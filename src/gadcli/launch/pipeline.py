@@ -24,6 +24,7 @@ from gadcli.files import write_atomic
 from gadcli.launch import run_folder as folders
 from gadcli.launch.display import say
 from gadcli.launch.stage import Prepared, StageRequest, plan_report, prepare, run_stage, show_plan
+from gadcli.launch.started_by import refuse_worlds
 
 STATE_FILE = "run.json"
 # What differs between the stages of one run, so that no single value of the user's can stand for all.
@@ -64,7 +65,8 @@ def run_stages(request: StageRequest, stages: Sequence[str] = STAGES) -> int:
     `request.stage` is ignored. A stage that is done is skipped on --resume. Raises what the stages raise.
     """
     check_order(stages)
-    request = with_paths_as_flags(request)
+    notes = refuse_worlds("gad run")
+    request = with_paths_as_flags(replace(request, notes=(*request.notes, *notes)))
     folder = run_folder(request, stages[0])
     whole = open_whole(folder, stages, request)
     if request.dry_run:

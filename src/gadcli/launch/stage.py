@@ -19,31 +19,16 @@ from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
 from gadcli.config.rewards import reward_specs
 from gadcli.config.schema import GadConfig
-from gadcli.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ExitCode,
-    GadError,
-    PeerError,
-    ResourceError,
-    UnhealthyError,
-)
+from gadcli.errors import ConfigError, ExitCode
 from gadcli.launch import run_folder as folders
-from gadcli.launch.data_files import look_at
 from gadcli.launch.display import make_display, say
-from gadcli.launch.environment import processes_here
+from gadcli.launch.environment import gpu_count, processes_here
 from gadcli.launch.foreground import supervise
-from gadcli.launch.lineage import check_model_path, make_lineage
-from gadcli.launch.outcome import Outcome
-from gadcli.launch.supervisor import STARTED, WORKER_MODULE, LaunchSpec
+from gadcli.launch.inputs import check_model_path, look_at, make_lineage
+from gadcli.launch.outcome import Outcome, as_error, shown_tail
+from gadcli.launch.supervisor import WORKER_MODULE, LaunchSpec
 from gadcli.launch.tensorboard import TensorBoard, wanted
 from gadcli.rewards.trivial import reward_notes
-
-TAIL_SHOWN = 8
-ERRORS: dict[int, type[GadError]] = {
-    kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, UnhealthyError, ResourceError, PeerError)
-}
 
 
 @dataclass(frozen=True)
@@ -66,6 +51,8 @@ class StageRequest:
     rdzv_endpoint: str = ""
     max_restarts: int = 0
     worker_module: str = WORKER_MODULE
+    is_rank: bool = False  # somebody else's launcher started this process as one rank of its world
+    notes: tuple[str, ...] = ()  # of how this process was started, for the user
 
 
 @dataclass(frozen=True)
@@ -110,6 +97,8 @@ def prepare(request: StageRequest) -> Prepared:
     device, engine = pick_device(config.trainer.device), pick_engine(config.rollout.engine)
     nproc = processes_here(config.trainer.nproc, device)
     world = nproc * config.trainer.nnodes
+    if device == "cuda" and not request.is_rank and nproc > (here := gpu_count()) > 0:
+        raise ConfigError(f"trainer.nproc is {nproc}, and {here} GPUs are visible here", f"trainer.nproc={here}")
     if config.trainer.nnodes > 1 and not request.rdzv_endpoint and not request.dry_run:
         raise ConfigError(
             f"{config.trainer.nnodes} machines need a meeting point",
@@ -136,7 +125,7 @@ def prepare(request: StageRequest) -> Prepared:
         device=device, engine=engine, warnings=warnings, origins=resolved.origins, free_gb=free_here(run_dir, device),
         answers=data.train_answers,
     )  # fmt: skip
-    return Prepared(resolved, run_dir, plan, lineage, nproc, notes)
+    return Prepared(resolved, run_dir, plan, lineage, nproc, [*request.notes, *notes])
 
 
 def free_here(run_dir: Path, device: str) -> dict[str, float]:
@@ -242,9 +231,6 @@ def tell(outcome: Outcome, request: StageRequest, run_dir: Path) -> int:
     if outcome.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         say(sys.stderr, f"gad: stopped: {outcome.message or 'saved'}; --resume goes on")
         return outcome.code
-    tail = [line for line in outcome.tail if not line.startswith(STARTED)]
-    if tail and outcome.log is not None and outcome.code in (ExitCode.BUG, ExitCode.PEERS):
-        say(sys.stderr, f"--- {outcome.log}")
-        for line in tail[-TAIL_SHOWN:]:
-            say(sys.stderr, f"    {line}")
-    raise ERRORS.get(outcome.code, GadError)(outcome.message, outcome.hint or None)
+    for line in shown_tail(outcome):
+        say(sys.stderr, line)
+    raise as_error(outcome)

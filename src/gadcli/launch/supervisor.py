@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,16 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from gadcli.distributed.worker_end import read_record
 from gadcli.errors import ExitCode
 from gadcli.launch import environment, guard, lifetime
 from gadcli.launch.liveness import Liveness
-from gadcli.launch.outcome import RESUME_HINT, Lost, Outcome, RankEnd, StopRequest, judge, oom_kills, read_record
+from gadcli.launch.outcome import RESUME_HINT, STARTED, Lost, Outcome, RankEnd, StopRequest, judge, oom_kills
+from gadcli.launch.started_by import RANK_NAMES
 
 PEER_GRACE_S = 4.0  # for the others to leave by themselves after one was killed: 7 must be out within 10 s
 RECORD_GRACE_S = 10.0  # the same after one that could still write its record
 STACK_DUMP_S = 0.5
 WORKER_MODULE = "gadcli.train.worker"
-STARTED = "--- started"  # a log's line for each start
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,16 @@ class Supervisor:
     def _start_agent(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
         """torch's own elastic launcher, for a world of several machines; each rank opens its own log file."""
         spec = self.spec
-        env = {name: value for name, value in env.items() if name not in environment.RANK_VARIABLES}
+        env = {name: value for name, value in env.items() if name not in RANK_NAMES}
         env[lifetime.LOG_DIR_VARIABLE] = str(spec.logs)
         # Not left to torch, which asks the machine's own name: that is 127.0.0.1 wherever /etc/hosts says so.
         address = environment.address_towards(spec.rdzv_endpoint)
+        wait_s = max(1, round(spec.timeout_s))  # for the other machines to come
         env = environment.reached_at(address) | env
         words = [
             "-m", "torch.distributed.run", f"--nnodes={spec.nnodes}", f"--nproc-per-node={spec.nproc}",
             f"--node-rank={spec.node_rank}", "--rdzv-backend=c10d", f"--rdzv-endpoint={spec.rdzv_endpoint}",
-            f"--rdzv-conf=is_host={str(spec.node_rank == 0).lower()}",
+            f"--rdzv-conf=is_host={str(spec.node_rank == 0).lower()},join_timeout={wait_s},read_timeout={wait_s}",
             *([f"--local-addr={address}"] if address else []),
             f"--rdzv-id={spec.run_dir.name}", f"--max-restarts={spec.max_restarts}",
             "-m", "gadcli.launch.lifetime", spec.worker_module, *spec.worker_args,
@@ -261,8 +264,8 @@ class Supervisor:
         return outcome
 
     def _ends_behind_agent(self) -> list[RankEnd]:
-        """Behind torch's launcher the workers' records tell the ends. A launcher that failed although no worker left
-        a word of failure has lost one: a worker that can still speak does."""
+        """Behind torch's launcher the workers' records tell the ends. One that died without a record is in the
+        launcher's log; where that names none, another machine's did, or the machines never met."""
         ends = []
         for path in sorted(self.spec.logs.glob("rank_*.exit.json")):
             record = read_record(path)
@@ -271,13 +274,23 @@ class Supervisor:
                 ends.append(RankEnd(rank, record["code"], path.stat().st_mtime, record=record))
         agent = self.workers[0].end
         stopped = any(end.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED) for end in ends)
-        if agent is not None and agent.failed and not stopped and not any(end.failed for end in ends):
-            node = self.spec.node_rank
-            where = f"machine {self._other_node} lost" if self._other_node is not None else f"machine {node} has lost"
-            record = {"code": int(ExitCode.PEERS), "message": f"{where} a process; the others were stopped",
-                      "hint": f"{RESUME_HINT}; {self.spec.logs}/node_{node}.log has the launcher's words"}  # fmt: skip
-            ends.append(RankEnd(node * self.spec.nproc, agent.status, agent.when, agent.ours, record))
-        return ends
+        if agent is None or not agent.failed or stopped or any(end.failed for end in ends):
+            return ends
+        node, log = self.spec.node_rank, self.spec.logs / f"node_{self.spec.node_rank}.log"
+        if lost := lost_rank(log):
+            return [*ends, RankEnd(lost[0], lost[1], agent.when)]
+        where = f"machine {self._other_node} lost" if self._other_node is not None else f"machine {node} has lost"
+        message = f"{where} a process; the others were stopped"
+        hint = f"{RESUME_HINT}; {log} has the launcher's output"
+        said = log.read_text(errors="replace").rpartition(STARTED)[2]
+        if "RendezvousTimeoutError" in said or "RendezvousConnectionError" in said:
+            message = (
+                f"{self.spec.nnodes} machines did not meet at {self.spec.rdzv_endpoint} "
+                f"within {self.spec.timeout_s:.0f} s (fsdp.timeout_s)"
+            )
+            hint = f"start the same command on each, --node-rank 0 to {self.spec.nnodes - 1}; {log} says more"
+        record = {"code": int(ExitCode.PEERS), "message": message, "hint": hint}
+        return [*ends, RankEnd(node * self.spec.nproc, agent.status, agent.when, agent.ours, record)]
 
     def _release_guard(self) -> None:
         if self._guard is None or self._guard.stdin is None:
@@ -345,3 +358,13 @@ def children_of(pid: int) -> list[int]:
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         children.extend(int(word) for word in path.read_text().split())
     return children
+
+
+def lost_rank(log: Path) -> tuple[int, int] | None:
+    """(rank, exit status) of the first failure that torch's launcher reports in its log since its last start."""
+    try:
+        text = log.read_text(errors="replace").rpartition(STARTED)[2]
+    except OSError:
+        return None
+    found = re.search(r"Root Cause.*?\brank\s*: (\d+) .*?exitcode\s*: (-?\d+)", text, re.DOTALL)
+    return (int(found[1]), int(found[2])) if found else None
