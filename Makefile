@@ -3,6 +3,7 @@
 
 export PATH := $(or $(PATH),/usr/local/bin:/usr/bin:/bin)
 VENV ?= .venv
+VENV4 ?= .venv4
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHON ?=
@@ -15,7 +16,7 @@ pytest = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
 in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-kill test-disk test-kill-run check format docs completions wheel clean
+.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-transformers4 test-kill test-disk test-kill-run check format docs completions wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +41,13 @@ test-fast: venv-test ## tests without the slow ones (real inference engines, man
 
 test-slow: venv-test ## only the slow ones
 	$(pytest) $(in_parallel) -m slow $(ARGS)
+
+test-transformers4: venv-test ## merged folders read by transformers 4, in an environment of its own (VENV4=.venv4)
+	[ -x $(VENV4)/bin/python ] || $(BIN)/python -m venv $(VENV4)
+	$(VENV4)/bin/python -m pip --disable-pip-version-check install -q --no-deps \
+		-r requirements/torch.txt $(if $(PYTORCH_INDEX),--index-url $(PYTORCH_INDEX))
+	$(VENV4)/bin/python -m pip --disable-pip-version-check install -q transformers==4.57.6 sympy networkx jinja2
+	GAD_TEST_TRANSFORMERS4=$(VENV4)/bin/python $(pytest) tests/merge/test_transformers4.py
 
 test-kill: venv-test ## kill -9 a saving run 100 times (KILLS=100): nothing committed may be lost
 	rm -rf .test-kill

@@ -1293,6 +1293,7 @@ complete -c gad -n '__fish_seen_subcommand_from merge' -l dtype -d 'float32, bfl
 complete -c gad -n '__fish_seen_subcommand_from merge' -l max-shard-size -d 'Maximum size of an output file.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l no-verify -d 'Skip verification of shards, names and bytes.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l probe -d 'Also load the result with transformers and compare logits (small models).'
+complete -c gad -n '__fish_seen_subcommand_from merge' -l probe-vllm -d 'Also load the result with vLLM and compare greedy text.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l keep-adapter -d 'Write LoRA weights as a peft adapter instead of merging them.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l lora-alpha -d 'LoRA alpha, if the checkpoint does not record it.'
 complete -c gad -n '__fish_seen_subcommand_from merge' -l trust-checkpoint -d 'Accept DCP shards without gad\'s manifest.'

@@ -47,9 +47,13 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def write_base(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Path:
+def write_base(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Path:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale if p.dim() > 1 else 1.0)
+    model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{ }")
     return folder
 
@@ -63,7 +67,7 @@ def headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def trained(base: Path, run: Path, *, critic: bool = False, num_layers: int = 0) -> Path:
+def trained(base: Path, run: Path, *, critic: bool = False, num_layers: int = 0, change: float = 1.0) -> Path:
     """global_step_1/actor or critic of a run from `base` in float32; a small, known change stands for training."""
     config = AutoConfig.from_pretrained(base)
     config.num_hidden_layers = num_layers or config.num_hidden_layers
@@ -73,7 +77,7 @@ def trained(base: Path, run: Path, *, critic: bool = False, num_layers: int = 0)
     model = auto.from_pretrained(base, config=config, dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(1.0)
+            p.add_(change)
     name = "critic" if critic else "actor"
     files = trained_files(base, critic=critic, ends=[2], num_layers=num_layers)
 

@@ -45,7 +45,7 @@ def test_the_merge_equals_full_tensor_and_transformers_agrees(gad_root: Path, tm
     assert whole.keys() - merged.keys() == ({"lm_head.weight"} if case.startswith("tied") else set())
     assert all(torch.equal(t, whole[n]) and t.dtype == whole[n].dtype for n, t in merged.items())
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["dtype"] == ("bfloat16" if "bf16" in case else "float32")
+    assert config.get("dtype", "float32") == ("bfloat16" if "bf16" in case else "float32")
     assert config["tie_word_embeddings"] == case.startswith("tied")
 
 

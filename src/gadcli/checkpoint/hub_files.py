@@ -32,6 +32,7 @@ _LEFT_OUT = (
     "MANIFEST.json",
     BASE_TENSORS,
 )
+_NUM_EXPERTS = ("qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "qwen3_next")  # as version 4 calls it in these
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -109,7 +110,7 @@ def cut_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With transformers 4's spellings beside those that only version 5 reads: rope and dtype.
+    """With transformers 4's spellings beside those that only version 5 reads: rope, dtype, the number of experts.
 
     transformers 4 passes over `rope_parameters` in silence and computes with its default base of 10,000. Version 5
     reads the old spelling too, so a config that has it stays as it is.
@@ -117,6 +118,8 @@ def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(config)
     if "dtype" in new and "torch_dtype" not in new:
         new["torch_dtype"] = new["dtype"]
+    if new.get("model_type") in _NUM_EXPERTS and "num_local_experts" in new:
+        new.setdefault("num_experts", new["num_local_experts"])
     rope = new.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" in new:
         return new
@@ -134,6 +137,16 @@ def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "longrope":  # version 4 takes these three keys and no others
         scaling = {"type": kind} | {k: scaling.get(k) for k in ("short_factor", "long_factor")}
     new["rope_scaling"] = None if kind == "default" else scaling
+    return new
+
+
+def tokenizer_for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json of transformers 5 with a class and a list of tokens that version 4 takes too."""
+    new = dict(config)
+    if new.get("tokenizer_class") == "TokenizersBackend":  # version 5's name for it
+        new["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(new.get("extra_special_tokens"), list):  # a mapping in version 4
+        new["additional_special_tokens"] = new.pop("extra_special_tokens")
     return new
 
 

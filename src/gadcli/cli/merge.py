@@ -59,6 +59,9 @@ def main(
     probe: Annotated[
         bool, typer.Option("--probe", help="Also load the result with transformers and compare logits (small models).")
     ] = False,
+    probe_vllm: Annotated[
+        bool, typer.Option("--probe-vllm", help="Also load the result with vLLM and compare greedy text.")
+    ] = False,
     keep_adapter: Annotated[
         bool, typer.Option("--keep-adapter", help="Write LoRA weights as a peft adapter instead of merging them.")
     ] = False,
@@ -93,7 +96,8 @@ def main(
 
     options = MergeOptions(
         base=_base_folder(base), base_name=base or "", dtype=_DTYPES.get(dtype or "", dtype),
-        max_shard_bytes=parse_size(max_shard_size), verify=not no_verify, probe=probe, keep_adapter=keep_adapter,
+        max_shard_bytes=parse_size(max_shard_size), verify=not no_verify, probe=probe, probe_vllm=probe_vllm,
+        keep_adapter=keep_adapter,
         trust=trust_checkpoint, lora_alpha=lora_alpha,
     )  # fmt: skip
     started = time.monotonic()

@@ -6,6 +6,7 @@ any other family is asked of transformers on the meta device.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -86,17 +87,18 @@ def _decoder(config: Mapping[str, Any], critic: bool) -> Shapes:
 
 
 def meta_model(config: Mapping[str, Any], *, critic: bool) -> Any:
-    """transformers' modules of a config on the meta device; None for the families spelled out here.
+    """transformers' modules of a config on the meta device; None for the families spelled out here, or for no family.
 
     CheckpointError for a model type that transformers does not know.
     """
     _check_sizes(config)
-    if config.get("model_type") in FAMILIES:
+    if config.get("model_type") in (None, *FAMILIES):
         return None
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-    values = {k: v for k, v in config.items() if k not in ("model_type", "auto_map")}
+    # A copy to the bottom: transformers completes nested settings (rope) in place.
+    values = copy.deepcopy({k: v for k, v in config.items() if k not in ("model_type", "auto_map")})
     try:
         parsed = AutoConfig.for_model(config.get("model_type", ""), **values)
         with torch.device("meta"):

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from gadcli.checkpoint.hub_files import CONFIG, dump, for_older_readers, tokenizer_for_older_readers
+
 
 def main(source: str, target: str) -> None:
     """Loads `source` with transformers (tokenizer and chat template come from the file) and saves it to `target`."""
@@ -23,6 +25,10 @@ def main(source: str, target: str) -> None:
     out = Path(target)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # A GGUF file brings no folder whose files could be copied: what transformers 5 wrote is made readable for 4.
+    config, words = (json.loads((out / name).read_text()) for name in (CONFIG, "tokenizer_config.json"))
+    (out / CONFIG).write_bytes(dump(for_older_readers(config)))
+    (out / "tokenizer_config.json").write_bytes(dump(tokenizer_for_older_readers(words)))
     lineage = {"kind": "gguf", "source": file.name, "bytes": file.stat().st_size, "dtype": "float32"}
     (out / "gad_lineage.json").write_text(json.dumps(lineage, indent=1) + "\n")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gadcli.checkpoint.manifest import MANIFEST, latest_valid, read_manifest, step_of
 from gadcli.checkpoint.merge.verl import is_verl
+from gadcli.checkpoint.other_folders import name_folder
 from gadcli.errors import CheckpointError, ConfigError
 
 ROLES = ("actor", "critic")
@@ -44,6 +45,7 @@ def models_in(path: Path, say: Callable[[str], None]) -> dict[str, Path]:
         )
     newest = latest_valid(path, say, deep=False)  # the merge itself checks every byte it reads
     if newest is None:
+        name_folder(path)
         raise CheckpointError(f"{path}: holds no finished checkpoint", "name a run, or a global_step_N/actor folder")
     say(f"using {newest}")
     return models_in(newest, say)

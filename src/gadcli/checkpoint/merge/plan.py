@@ -276,13 +276,15 @@ def _out(name: str, tensor: SourceTensor, dtype: str | None, delta: Delta | None
 
 
 def _say_dtype(config: dict[str, Any], tensors: list[OutTensor]) -> None:
-    """The config's dtype, where it names one, is what most bytes have: `dtype`, `torch_dtype` for older readers."""
+    """The dtype most bytes have, under the keys that are there; a config that says none reads as float32."""
     weight: dict[str, int] = {}
     for tensor in tensors:
-        weight[tensor.dtype] = weight.get(tensor.dtype, 0) + tensor.nbytes
-    floats = {d: n for d, n in weight.items() if d in FLOATS}
-    if floats:
-        config.update({k: max(floats, key=lambda d: floats[d]) for k in ("dtype", "torch_dtype") if k in config})
+        if tensor.dtype in FLOATS:
+            weight[tensor.dtype] = weight.get(tensor.dtype, 0) + tensor.nbytes
+    most = max(weight, key=lambda d: weight[d], default="float32")
+    keys = ("dtype", "torch_dtype")
+    said = [key for key in keys if key in config] or (keys if most != "float32" else ())
+    config.update(dict.fromkeys(said, most))
 
 
 def _shards(tensors: list[OutTensor], limit: int, names: tuple[str, str]) -> list[OutFile]:

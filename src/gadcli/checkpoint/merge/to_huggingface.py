@@ -41,7 +41,8 @@ Progress = Callable[[str, int, int], None]
 class MergeOptions:
     """How to merge. dtype: torch's name; None is the base's where it is known, OWN keeps each tensor's.
 
-    probe: compare logits through transformers. go_on: keep what a run that starts from the result needs to know.
+    probe: compare logits through transformers; probe_vllm: and its greedy text with vLLM's.
+    go_on: keep what a run that starts from the result needs to know.
     """
 
     base: Path | None = None
@@ -54,6 +55,7 @@ class MergeOptions:
     trust: bool = False
     lora_alpha: float | None = None
     go_on: bool = False
+    probe_vllm: bool = False
 
 
 @dataclass
@@ -103,7 +105,7 @@ def to_huggingface(
     options = options or MergeOptions()
     if options.dtype not in (None, OWN, *FLOATS):
         raise ConfigError(f"--dtype {options.dtype}: not a floating dtype", f"one of: {', '.join(FLOATS)}")
-    if options.probe and options.keep_adapter:
+    if (options.probe or options.probe_vllm) and options.keep_adapter:
         raise ConfigError("--probe compares a fused model: there is none with --keep-adapter", "leave one of them out")
     if options.max_shard_bytes < 1:
         raise ConfigError("--max-shard-size must be at least a byte", "--max-shard-size 5GB")
@@ -297,6 +299,10 @@ def _write(source: Source, plan: MergePlan, side: dict[str, str | Path], files: 
             from gadcli.checkpoint.merge.probe import probe
 
             verified.append(probe(source, plan, folder, files))
+        if options.probe_vllm and not plan.critic:
+            from gadcli.checkpoint.merge.probe_vllm import probe_vllm
+
+            verified.append(probe_vllm(folder))
         fsync_path(folder)
         _refuse_existing(out)
         os.rename(folder, out)
