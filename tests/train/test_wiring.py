@@ -312,7 +312,7 @@ MUTANTS: dict[Callable[..., None], list[tuple[str, str, str, str]]] = {
     ],
     answers_are_measured_in_tokens: [
         ("the longest is the shortest", "train.steplog", 'extreme_of(lengths, "max")', 'extreme_of(lengths, "min")'),
-        ("teachers measured by their prompts", "train.steplog", "len(row.teacher_ids)", "len(row.prompt_ids)"),
+        ("teachers measured by their prompts", "train.steplog", "len(row.read_ids)", "len(row.prompt_ids)"),
     ],
     rates_follow_their_schedules: [
         ("the student's ignores critic_warmup", "train.build", "- max(0, cfg.trainer.critic_warmup)", "- 0"),
@@ -344,7 +344,7 @@ MUTANTS: dict[Callable[..., None], list[tuple[str, str, str, str]]] = {
          "rollout.width)"),
     ],
     evaluations_see_held_out_rows: [
-        ("evaluation on training rows", "train.evaluation", "[run.val_data[i]", "[run.train_data[i]"),
+        ("evaluation on training rows", "train.evaluation", "read(run.val_data[i])", "read(run.train_data[i])"),
         ("val_files are not opened", "train.build", "open_dataset(cfg.data.val_files,",
          "open_dataset(cfg.data.train_files,"),
     ],
