@@ -137,7 +137,7 @@ def arena(
         output_dir, tuple(files), model, tuple(parse_arms(arms, arm or [])), numbers(seeds, int, "--seeds"),
         0.0 if steps else 60 * (minutes or 5.0), steps, start_epochs, preset, config, tuple(overrides),
         tuple(val or ()), tuple(test or ()), held_out, tuple(sorted(numbers(temperatures, float, "--temperatures"))),
-        answers, tuple(parse_measure(text) for text in measure or []), teacher, quiet,
+        answers, tuple(parse_measure(text) for text in measure or []), teacher, quiet or as_json,
     )  # fmt: skip
     if force and output_dir.exists():
         say(sys.stderr, f"gad: moved the arena that was there to {move_aside(output_dir)}")

@@ -9,7 +9,8 @@ from gadcli.metrics.health import number
 from gadcli.metrics.history import StepRecord
 
 _FIELDS = (
-    ("actor/sft_loss", "sft_loss"), ("critic/d_acc", "d_acc"), ("critic/score_diff", "gap"),
+    ("actor/sft_loss", "sft_loss"), ("actor/soda_margin", "margin"), ("actor/soda_acc", "acc"),
+    ("critic/d_acc", "d_acc"), ("critic/score_diff", "gap"),
     ("critic/student_value_mean", "reward"), ("actor/pg_loss", "pg_loss"), ("actor/grad_norm", "actor_grad"),
     ("critic/grad_norm", "critic_grad"), ("response_length/mean", "length"),
     ("response_length/clip_ratio", "cut"), ("timing_s/step", "s"),
