@@ -53,7 +53,8 @@ def evaluate(run: Run) -> dict[str, float]:
     seconds = time.monotonic() - started
     run.records.event(
         "eval",
-        f"evaluated {len(rows)} held-out rows in {seconds:.1f} s: ROUGE-L {metrics['val/rouge_l']:.3f}",
+        f"evaluated {len(rows)} held-out rows in {seconds:.1f} s: ROUGE-L {metrics['val/rouge_l']:.3f}, "
+        f"NLL of the teacher's text {metrics['val/nll']:.3f}",
         step=run.progress.step,
         seconds=seconds,
     )

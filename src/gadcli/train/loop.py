@@ -102,6 +102,7 @@ def _note_best(run: Run) -> bool:
     sign = -1.0 if less_is_better(metric) else 1.0
     if progress.best is None or sign * value > sign * progress.best:
         progress.best, progress.evals_since_best = value, 0
+        run.records.event("note", f"{metric} {value:.4g}: the best so far", step=progress.step)
         return True
     progress.evals_since_best += 1
     return False
