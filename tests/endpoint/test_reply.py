@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from gadcli.endpoint import reply
 from gadcli.endpoint.reply import Reply, ReplyError, is_refusal, oddities, read_reply
+from mutants import mutated
 
 
 def completion(message: dict[str, Any], finish: Any = "stop", **more: Any) -> bytes:
@@ -31,8 +34,8 @@ def test_content_is_a_string_or_a_list_of_parts(content: Any, text: str, reasoni
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_reasoning_is_kept_apart_from_the_text(name: str) -> None:
-    reply = read_reply(completion({"content": "It is 3", name: "First I think."}, usage={"prompt_tokens": 5}))
-    assert (reply.status, reply.text, reply.reasoning, reply.prompt_tokens) == ("ok", "It is 3", "First I think.", 5)
+    found = read_reply(completion({"content": "It is 3", name: "First I think."}, usage={"prompt_tokens": 5}))
+    assert (found.status, found.text, found.reasoning, found.prompt_tokens) == ("ok", "It is 3", "First I think.", 5)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,8 @@ def test_each_way_to_end_has_its_status(message: dict[str, Any], finish: Any, st
         ("I cannot write to files, but here is the code:\n```python\nx = 3\n```", False),
         ("I'm sorry to hear that. Try restarting it.", False),
         ("Sorry is what the function returns.", False),
+        ("Sorry, I won't do that.", True),
+        ("I can't do long division in my head, so step by step.", False),
     ],
 )
 def test_an_apology_is_not_a_refusal(text: str, refused: bool) -> None:
@@ -116,10 +121,10 @@ def test_a_stream_nobody_asked_for_is_joined() -> None:
 
 def test_half_a_character_becomes_the_replacement_character_and_is_counted() -> None:
     body = b'{"choices": [{"message": {"content": "bad \\ud83d half"}, "finish_reason": "stop"}]}'
-    reply = read_reply(body)
-    assert reply.text == "bad � half"
-    assert reply.text.encode()
-    assert ["cut in two" in line for line in oddities(reply)] == [True]
+    found = read_reply(body)
+    assert found.text == "bad � half"
+    assert found.text.encode()
+    assert ["cut in two" in line for line in oddities(found)] == [True]
     whole = read_reply(b'{"choices": [{"message": {"content": "\\ud83d\\ude00"}, "finish_reason": "stop"}]}')
     assert (whole.text, oddities(whole)) == ("😀", [])
 
@@ -130,7 +135,44 @@ def test_half_a_character_becomes_the_replacement_character_and_is_counted() -> 
      ("  indented", ""), ("a <|im_end|> b", "")],
 )  # fmt: skip
 def test_text_that_would_teach_something_odd_is_noted_and_kept(text: str, said: str) -> None:
-    reply = read_reply(completion({"content": text}))
-    assert reply.text == text
-    assert bool(oddities(reply)) == bool(said)
-    assert said in " ".join(oddities(reply))
+    found = read_reply(completion({"content": text}))
+    assert found.text == text
+    assert bool(oddities(found)) == bool(said)
+    assert said in " ".join(oddities(found))
+
+
+def check_statuses(module: ModuleType) -> None:
+    """One case per rule that the mutants below break."""
+    statuses = {
+        text: module.read_reply(completion({"content": text})).status
+        for text in ("yes", "", "I can't help with that.", "I can't write files; here is the code: x = 3")
+    }
+    assert list(statuses.values()) == ["ok", "empty", "refused", "ok"]
+    assert module.read_reply(completion({"content": "half"}, "length")).status == "truncated"
+    assert module.read_reply(completion({"content": "Let me look", "tool_calls": [{}]})).status == "tool_call"
+    assert module.read_reply(completion({"content": "a", "reasoning": "b"})).reasoning == "b"
+    with pytest.raises(module.ReplyError):
+        module.read_reply(chunk({"content": "It "}))
+    assert module.read_reply(b'{"choices": [{"message": {"content": "\\ud83d"}}]}').text == "\ufffd"
+
+
+def test_the_statuses_hold() -> None:
+    check_statuses(reply)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"ok" if text.strip() else "empty"', '"ok"'),
+        ("bool(REFUSAL.match(text)) and not ANSWERS_ALL_THE_SAME.search(text)", "bool(REFUSAL.match(text))"),
+        ("if finish.lower() in TRUNCATED:", "if False:"),
+        ('message.get("tool_calls") or message.get("function_call")', "False"),
+        ('thoughts or _text(message.get("reasoning_content") or message.get("reasoning"))', "thoughts"),
+        ('if not finish and "[DONE]" not in lines and "error" not in whole:', "if False:"),
+        ('.encode("utf-16", "surrogatepass").decode("utf-16", "replace")', ""),
+    ],
+)
+def test_each_broken_rule_is_seen(old: str, new: str) -> None:
+    mutant = mutated("endpoint.reply", old, new)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_statuses(mutant)

@@ -18,7 +18,8 @@ BROKEN_OFF = ("error", "abort", "cancelled")
 REFUSAL = re.compile(
     r"^\s*((I['’]?m|I am) sorry[,.]? (but )?|Sorry[,.]? (but )?|Unfortunately,? )?"
     r"(I (can['’]?t|cannot|am unable to|am not able to|won['’]?t|will not)|I['’]m (unable|not able) to) "
-    r"(help|assist|comply|fulfil|provide|answer|create|generate|write|produce|discuss|engage|support|share|do)\b"
+    r"(help|assist|comply|fulfil|provide|answer|create|generate|write|produce"
+    r"|discuss|engage|support|share|do (that|this|so))\b"
     r"(?! but)|^\s*(很?抱歉|对不起)，我(无法|不能)",
     re.IGNORECASE,
 )
