@@ -369,6 +369,19 @@ def test_23_a_row_group_is_never_held_whole(write: Write, tmp_path: Path) -> Non
     assert int(done.stdout.split()[-1]) < 24 << 20
 
 
+@pytest.mark.parametrize(("file_mb", "group_mb", "allowed_mb"), [
+    (0.013, 400, 768),  # a bomb's declared size earns it nothing
+    (0.5, 1, 768),
+    (340, 450, 1350),  # 1,024 rows of 450 kB in one page: packed, unfolded and as values
+    (1800, 2300, 3072),
+])  # fmt: skip
+def test_23_long_rows_in_one_long_page_are_no_bomb(file_mb: float, group_mb: int, allowed_mb: int) -> None:
+    """Pages hold 1,024 rows of any length as pyarrow writes them, and are decoded whole."""
+    from gadcli.data.read.chunks import last_allowance
+
+    assert last_allowance(int(file_mb * 2**20), group_mb << 20) == allowed_mb << 20
+
+
 def test_23_rows_longer_than_their_footer_says_are_decoded_fewer_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

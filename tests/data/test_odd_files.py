@@ -59,7 +59,7 @@ def test_names_from_a_file_cannot_steer_the_terminal(tmp_path: Path, capsys: Any
 def test_what_is_no_data_but_nearly_is_told_with_the_fix(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"PK\x03\x04" + bytes(60))
     (tmp_path / "b.jsonl").write_text(json.dumps({"content": user("q"), "teacher_response": "a"}, indent=1))
-    assert "unpack it first" in check(tmp_path, str(tmp_path / "a.jsonl"))[1][0]["message"]
+    assert "unpack it, or save it as CSV, first" in check(tmp_path, str(tmp_path / "a.jsonl"))[1][0]["message"]
     assert "jq -c . FILE > FILE.jsonl" in check(tmp_path, str(tmp_path / "b.jsonl"))[1][0]["message"]
 
 

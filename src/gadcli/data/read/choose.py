@@ -116,7 +116,7 @@ def _inside(folder: Path, choice: Choice) -> list[Path]:
         if path.parent not in saved:
             saved[path.parent] = _saved_files(path.parent)
         listed = saved[path.parent]
-        if listed is not None and path.name not in listed:
+        if path.name not in listed if listed is not None else path.match("cache-*.arrow"):
             continue  # a map's cache, or what describes the data set
         if _ending(path) and (_ending(path) != ".json" or _holds_rows(path)):
             files.append(path)

@@ -25,7 +25,10 @@ from gadcli.errors import ResourceError
 CHUNK_ROWS = 8192
 CHUNK_BYTES = 4 << 20  # what a chunk should hold
 DECODE_ALLOWANCE = 192 << 20  # memory that decoding a chunk may take before it is tried with fewer rows
-LAST_ALLOWANCE = 768 << 20  # and for one row: DuckDB writes pages of up to 100 MB, everyone else of about 1 MB
+# For one row at a time: most pages hold about 1 MB, but DuckDB's 100 MB, and pyarrow's 1,024 rows of any length. What a
+# file may honestly need is a few times its row group; a bomb's group is far larger than its file.
+LAST_ALLOWANCE = 768 << 20
+HONEST_RATIO, MOST_ALLOWANCE = 50, 3 << 30
 
 
 def read_chunks(info: FileInfo, with_extras: bool = False, most_rows: int = CHUNK_ROWS) -> Iterator[Chunk | Finding]:
@@ -78,6 +81,12 @@ def _read_records(info: FileInfo, with_extras: bool, most_rows: int) -> Iterator
             row, held, size = row + len(held), [], 0
     if held:
         yield Chunk(info.path, None, row, held)
+
+
+def last_allowance(file_bytes: int, group_bytes: int) -> int:
+    """Bytes that decoding one row of a row group may take, from the sizes of the file and of the unfolded group."""
+    honest = group_bytes < HONEST_RATIO * file_bytes
+    return min(MOST_ALLOWANCE, max(LAST_ALLOWANCE, 3 * group_bytes if honest else 0))
 
 
 def _chunks(
@@ -145,13 +154,14 @@ def _batches(
     """
     metadata = file.metadata.row_group(group)  # its columns are not asked: pyarrow aborts on some damaged footers
     size = max(1, min(most_rows, max(16, CHUNK_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1))))
+    last = last_allowance(os.path.getsize(path), metadata.total_byte_size)
     done = 0
     while True:
         batches = file.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False)
         seen = 0
         try:
             while True:
-                with bounded_memory(DECODE_ALLOWANCE if size > 1 else LAST_ALLOWANCE):
+                with bounded_memory(DECODE_ALLOWANCE if size > 1 else last):
                     batch = next(batches, None)
                     if batch is None:
                         return
@@ -162,8 +172,12 @@ def _batches(
                     done = seen
         except MemoryError:
             if size == 1:
-                message = f"{path}, row group {group}: decoding row {done} of it takes over {LAST_ALLOWANCE >> 20} MB"
-                raise ResourceError(f"{message}: a decompression bomb", "check where the file comes from") from None
+                message = f"{path}, row group {group}: decoding row {done} of it takes over {last >> 20} MB"
+                raise ResourceError(
+                    f"{message}: a decompression bomb, or pages of that size",
+                    "if you trust the file, write it again with smaller pages: "
+                    "pyarrow.parquet.write_table(…, write_batch_size=64)",
+                ) from None
             size = max(1, size // 16)
 
 

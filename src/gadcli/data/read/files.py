@@ -123,7 +123,7 @@ def _looks_like(path: str) -> str:
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith(b"PK"):
-        return "; it is a zip archive: unpack it first"
+        return "; it is a zip archive or a spreadsheet: unpack it, or save it as CSV, first"
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return "; it seems to be JSON over several lines: `jq -c . FILE > FILE.jsonl` writes one object per line"
     return ""

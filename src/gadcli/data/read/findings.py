@@ -24,7 +24,7 @@ class Reason:
 
 
 REASONS: dict[str, Reason] = {
-    "file_unreadable": Reason("error", "not a readable parquet or jsonl file", "write or copy the file again"),
+    "file_unreadable": Reason("error", "not a readable data file", "write or copy the file again"),
     "file_empty": Reason("error", "the file has 0 rows", "leave the file out"),
     "column_missing": Reason(
         "error", "a needed column is missing", "set data.prompt_key / data.response_key to the column's name"
