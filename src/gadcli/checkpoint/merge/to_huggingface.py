@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from gadcli.checkpoint.merge.plan import FLOATS, MergePlan, make_plan, saved_mod
 from gadcli.checkpoint.merge.source import LoraInfo, Source
 from gadcli.checkpoint.merge.tensors import Files, check_storage, unchecked_storages
 from gadcli.checkpoint.merge.verl import is_verl, read_verl
-from gadcli.checkpoint.merge.write import Stopped, Written, run_all, sync_and_check, write_all
+from gadcli.checkpoint.merge.write import read_back, write_all
 from gadcli.checkpoint.safe_unpickle import DTYPES
 from gadcli.errors import CheckpointError, ConfigError, ResourceError, is_full_disk
 from gadcli.files import fsync_path
@@ -274,27 +272,18 @@ def _temporary(out: Path) -> Iterator[Path]:
 
 def _write(source: Source, plan: MergePlan, side: dict[str, str | Path], files: Files, options: MergeOptions,
            out: Path, progress: Progress, verified: list[str]) -> None:  # fmt: skip
-    stop = threading.Event()
     with _temporary(out) as folder, _disk_errors(out, plan.nbytes):
-        with _beside(source, files, stop, enabled=options.verify):
-            for name, content in side.items():
-                if isinstance(content, Path):
-                    assets.copy_durably(content, folder / name)
-                else:
-                    assets.write_text(folder / name, content)
-            written = Written({}, {})
-            try:
-                count = _counter("write", plan.nbytes, progress)
-                write_all(plan, files, folder, count, stop, written, check=options.verify)
-                count = _counter("verify", plan.nbytes, progress)
-                sync_and_check(plan, written, count, stop, check=options.verify)
-            finally:
-                for fd in written.descriptors.values():
-                    os.close(fd)
         if options.verify:
-            verified.append("every tensor read back")
+            _check_shards(source, files)
+        for name, content in side.items():
+            if isinstance(content, Path):
+                assets.copy_durably(content, folder / name)
+            else:
+                assets.write_text(folder / name, content)
+        written = write_all(plan, files, folder, _counter("write", plan.nbytes, progress), check=options.verify)
         if options.verify:
-            verified.append("shards undamaged")
+            read_back(plan, written, folder, _counter("verify", plan.nbytes, progress))
+            verified += ["every tensor read back", "shards undamaged"]
         if options.probe:
             from gadcli.checkpoint.merge.probe import probe
 
@@ -309,50 +298,23 @@ def _write(source: Source, plan: MergePlan, side: dict[str, str | Path], files: 
         fsync_path(out.parent)
 
 
+def _check_shards(source: Source, files: Files) -> None:
+    """sha256 of the manifest, and the CRCs of what the writing will not read whole. CheckpointError for damage."""
+    if source.integrity is not None:
+        source.integrity()
+    for at in unchecked_storages(list(source.tensors.values())).values():
+        check_storage(files, at)
+
+
 def _counter(phase: str, total: int, progress: Progress) -> Callable[[int], None]:
-    lock = threading.Lock()
     done = 0
 
     def add(count: int) -> None:
         nonlocal done
-        with lock:
-            done += count
-            progress(phase, done, total)
+        done += count
+        progress(phase, done, total)
 
     return add
-
-
-@contextmanager
-def _beside(source: Source, files: Files, stop: threading.Event, *, enabled: bool) -> Iterator[None]:
-    """Checks the shards themselves (sha256 of the manifest, CRCs of what streaming cannot check) while writing."""
-    errors: list[BaseException] = []
-
-    def check() -> None:
-        try:
-            if source.integrity is not None:
-                source.integrity()
-            run_all(
-                lambda at: check_storage(files, at), unchecked_storages(list(source.tensors.values())).values(), stop
-            )
-        except (CheckpointError, OSError, Stopped) as error:
-            errors.append(error)
-            stop.set()
-
-    thread = threading.Thread(target=check, name="gad-integrity")
-    if not enabled:
-        yield
-        return
-    thread.start()
-    try:
-        with contextlib.suppress(Stopped):
-            yield
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        thread.join()
-    for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
-        raise error
 
 
 @contextmanager

@@ -1,164 +1,76 @@
-"""Writes the planned safetensors files by streaming, two tensors at a time, and re-reads them to compare."""
+"""Writes the planned safetensors files a piece at a time, and reads them back to compare."""
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-from gadcli.checkpoint.merge.plan import MergePlan, OutFile, OutTensor, produce
+from gadcli.checkpoint.hf_folder import read_header
+from gadcli.checkpoint.merge.plan import MergePlan, produce
 from gadcli.checkpoint.merge.tensors import PIECE, Files, Segments
 from gadcli.checkpoint.safe_unpickle import DTYPES
 from gadcli.errors import CheckpointError
 
-# Reading, hashing and writing release the interpreter: two threads keep two cores busy, four a fast disk.
-THREADS = max(2, min(4, os.cpu_count() or 2))
 Progress = Callable[[int], None]
-Item = TypeVar("Item")
 
 
-class Stopped(Exception):
-    """Raised in a thread that ends because another one failed; never the error that is reported."""
+def write_all(plan: MergePlan, files: Files, folder: Path, progress: Progress, *, check: bool) -> dict[str, Segments]:
+    """Writes every file of the plan into `folder`, on disk when this returns.
 
-
-def run_all(work: Callable[[Item], None], items: Iterable[Item], stop: threading.Event) -> None:
-    """`work` on every item in a few threads. After the first failure, or Ctrl-C here, the rest ends early."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures: list[Future[None]] = [pool.submit(work, item) for item in items]
-        try:
-            _, left = wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        if left:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    errors = [error for f in futures if not f.cancelled() and (error := f.exception()) is not None]
-    for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
-        raise error
-    check_stop(stop)
-
-
-def check_stop(stop: threading.Event) -> None:
-    """Raises Stopped once another part of the merge failed or the user asked to end."""
-    if stop.is_set():
-        raise Stopped
-
-
-@dataclass
-class Written:
-    """Open output files, and for each tensor (bytes, CRC) of what was handed to the disk."""
-
-    descriptors: dict[Path, int]
-    segments: dict[str, Segments]
-
-
-def write_all(
-    plan: MergePlan,
-    files: Files,
-    folder: Path,
-    progress: Progress,
-    stop: threading.Event,
-    written: Written,
-    *,
-    check: bool,
-) -> None:
-    """Writes every file of the plan into `folder`, filling `written`; the caller syncs and closes."""
-    jobs: list[tuple[int, OutFile, int]] = []
-    for file in plan.files:
-        path = folder / file.name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        written.descriptors[path] = fd
-        os.posix_fallocate(fd, 0, file.nbytes)  # a full disk shows here, not after gigabytes
-        _write(fd, memoryview(file.header), 0)
-        jobs += [(fd, file, i) for i in range(len(file.tensors))]
-
-    def job(item: tuple[int, OutFile, int]) -> None:
-        fd, file, i = item
-        written.segments[file.tensors[i].name] = _stream(fd, file, i, files, progress, stop, check)
-
-    run_all(job, jobs, stop)
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-
-
-def _stream(
-    fd: int, file: OutFile, i: int, files: Files, progress: Progress, stop: threading.Event, check: bool
-) -> Segments:
-    tensor = file.tensors[i]
-    at = len(file.header) + file.offsets[i]
-    end = at + tensor.nbytes
-    segments: Segments = []
-    for piece in produce(files, tensor, segments if check else None, check=check):
-        check_stop(stop)
-        _write(fd, piece, at)
-        at += len(piece)
-        progress(len(piece))
-    assert at == end, f"{tensor.name}: {end - at} bytes short"
-    return segments
-
-
-def sync_and_check(
-    plan: MergePlan, written: Written, progress: Progress, stop: threading.Event, *, check: bool
-) -> None:
-    """Forces the files to disk and, meanwhile, reads them back (`check`): headers, then every tensor's CRCs.
-
-    The header is parsed from the file and not taken from the plan. CheckpointError at the first difference.
+    check: CRCs of the shards are compared, and (bytes, CRC) of what was handed to the disk returned by tensor.
     """
-    jobs: list[Callable[[], None]] = [partial(os.fsync, fd) for fd in written.descriptors.values()]
-    back = Files()
-    if check:
-        for file, path in zip(plan.files, written.descriptors, strict=True):
-            for tensor, at in _read_header(file, path):
-                jobs.append(partial(_check_tensor, back, path, at, tensor.name, written, progress, stop))
+    written: dict[str, Segments] = {}
+    for file in plan.files:
+        with open(folder / file.name, "xb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.nbytes)  # a full disk shows here, not after gigabytes
+            stream.write(file.header)
+            for tensor in file.tensors:
+                segments: Segments = []
+                for piece in produce(files, tensor, segments if check else None, check=check):
+                    stream.write(piece)
+                    progress(len(piece))
+                written[tensor.name] = segments
+            assert stream.tell() == file.nbytes, f"{file.name}: {stream.tell()} bytes in place of {file.nbytes}"
+            stream.flush()
+            os.fsync(stream.fileno())
+    return written
+
+
+def read_back(plan: MergePlan, written: dict[str, Segments], folder: Path, progress: Progress) -> None:
+    """Compares headers (parsed from the files, not taken from the plan) and every tensor's CRCs with what was written.
+
+    CheckpointError at the first difference.
+    """
+    reader = Files()
     try:
-        run_all(lambda job: job(), jobs, stop)
+        for file in plan.files:
+            path = folder / file.name
+            header, start = read_header(path)
+            for tensor in file.tensors:
+                entry = header.pop(tensor.name, {"dtype": "", "shape": [], "data_offsets": [0, 0]})
+                begin, end = (start + at for at in entry["data_offsets"])
+                wanted = (DTYPES[tensor.dtype][0], list(tensor.shape), tensor.nbytes)
+                same = (entry["dtype"], entry["shape"], end - begin) == wanted
+                if not (same and _crcs_fit(reader, path, begin, written[tensor.name], progress)):
+                    raise CheckpointError(f"{path}: {tensor.name} is not what was written", "the disk may be failing")
+            if header:
+                raise CheckpointError(f"{path}: holds more than was written", "the disk may be failing")
     finally:
-        back.close()
+        reader.close()
 
 
-def _read_header(file: OutFile, path: Path) -> list[tuple[OutTensor, int]]:
-    with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__")
-    if path.stat().st_size != file.nbytes or len(header) != len(file.tensors):
-        raise CheckpointError(f"{path}: not what was written", "the disk may be failing")
-    places = []
-    for tensor in file.tensors:
-        entry = header[tensor.name]
-        begin, end = entry["data_offsets"]
-        wanted = (DTYPES[tensor.dtype][0], list(tensor.shape), tensor.nbytes)
-        if (entry["dtype"], entry["shape"], end - begin) != wanted:
-            raise CheckpointError(f"{path}: {tensor.name} is not what was written", "the disk may be failing")
-        places.append((tensor, 8 + length + begin))
-    return places
-
-
-def _check_tensor(
-    files: Files, path: Path, at: int, name: str, written: Written, progress: Progress, stop: threading.Event
-) -> None:
+def _crcs_fit(reader: Files, path: Path, at: int, segments: Segments, progress: Progress) -> bool:
     buffer = memoryview(bytearray(PIECE))
-    for size, wanted in written.segments[name]:
+    for size, wanted in segments:
         crc, end = 0, at + size
         while at < end:
-            check_stop(stop)
-            take = buffer[: min(len(buffer), end - at)]
-            files.read(path, at, take)
+            take = buffer[: min(PIECE, end - at)]
+            reader.read(path, at, take)
             crc = zlib.crc32(take, crc)
             at += len(take)
             progress(len(take))
         if crc != wanted:
-            raise CheckpointError(f"{path}: {name} reads back differently", "the disk may be failing")
+            return False
+    return True
