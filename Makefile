@@ -16,7 +16,7 @@ pytest = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
 in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-transformers4 test-kill test-disk test-kill-run check format docs completions wheel clean
+.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-families test-transformers4 test-kill test-disk test-kill-run check format docs completions wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ test-transformers4: venv-test ## merged folders read by transformers 4, in an en
 		-r requirements/torch.txt $(if $(PYTORCH_INDEX),--index-url $(PYTORCH_INDEX))
 	$(VENV4)/bin/python -m pip --disable-pip-version-check install -q transformers==4.57.6 sympy networkx jinja2
 	GAD_TEST_TRANSFORMERS4=$(VENV4)/bin/python $(pytest) tests/merge/test_transformers4.py
+
+test-families: venv-test ## the matrix of docs/families.md: every family, with vLLM too
+	GAD_FAMILIES=all $(pytest) tests/families $(ARGS)
 
 test-kill: venv-test ## kill -9 a saving run 100 times (KILLS=100): nothing committed may be lost
 	rm -rf .test-kill

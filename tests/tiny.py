@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
-    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -69,8 +69,9 @@ def tiny_config(family: str, vocab_size: int, *, tied: bool, layers: int = 2) ->
         return GptOssConfig(**shared, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW)
     if family == "qwen3_moe":
         return Qwen3MoeConfig(**shared, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
-    if family == "granite":  # logits divided by a number of the config, which our head does not know
-        return GraniteConfig(**shared, logits_scaling=3.0)
+    if family == "cohere":  # logits times a number of the config, which our head does not know
+        del shared["head_dim"]
+        return CohereConfig(**shared, logit_scale=0.3)
     if family == "mistral":
         return MistralConfig(**shared, sliding_window=WINDOW)
     return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**shared)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from gadcli.config.model_refusals import check_context, check_model_folder, vocabulary_of
 from gadcli.config.modelinfo import local_model_dir, read_model_config
 from gadcli.config.rewards import reward_specs
 from gadcli.config.schema import GadConfig
@@ -143,6 +143,16 @@ class Checker:
             message = f"critic.model.path is {cfg.critic.model.path}, which is a student's checkpoint, not a critic's"
             hint = "give warmup's global_step_N/critic; in warmup, leave --reward-model out to start from the student"
             self.fail("critic.model.path", message, hint)
+
+    def models(self) -> None:
+        """Models that the worker would refuse for what their folders say. Where these are local."""
+        paths = [self.cfg.actor.model.path]
+        if self.cfg.trainer.critic_warmup >= 0 and self.cfg.critic.model.path:
+            paths.append(self.cfg.critic.model.path)
+        for path in paths:
+            if folder := local_model_dir(path):
+                check_model_folder(path, folder)
+                check_context(path, folder, self.cfg.rollout.max_model_len)
 
     def layers(self) -> None:
         """A backbone can only be cut to layers it has. Where its config.json is local."""
@@ -299,7 +309,7 @@ def vocabulary_difference(one: Path, other: Path) -> str:
         texts = [file.read_bytes() for file in files]
         if texts[0] == texts[1]:
             return ""
-        ours, theirs = (_tokens(json.loads(text)) for text in texts)
+        ours, theirs = (vocabulary_of(json.loads(text)) for text in texts)
         differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         if differing:
             example = differing[0]
@@ -314,14 +324,6 @@ def _vocab_size(folder: Path) -> int | None:
     config = read_model_config(str(folder)) or {}
     size = (config.get("text_config") or config).get("vocab_size")
     return int(size) if size is not None else None
-
-
-def _tokens(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Token to id of a tokenizer.json, added tokens included."""
-    vocab = tokenizer.get("model", {}).get("vocab") or {}
-    if isinstance(vocab, list):  # unigram models: [token, score] pairs
-        vocab = {token: index for index, (token, _) in enumerate(vocab)}
-    return {**vocab, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
 
 
 def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None = None) -> list[str]:
@@ -340,6 +342,7 @@ def check(cfg: GadConfig, world_size: int = 1, origins: Mapping[str, str] | None
     checker.tensor_parallel()
     checker.unsupported()
     checker.roles()
+    checker.models()
     checker.layers()
     checker.vocabularies()
     return list(checker.warnings())

@@ -175,7 +175,7 @@ def work(folder: Path, rank: int) -> None:
     if request.discriminator:
         from gadcli.evaluate.given_discriminator import load_discriminator
 
-        vocabulary = AutoConfig.from_pretrained(model_path).vocab_size
+        vocabulary = AutoConfig.from_pretrained(model_path, trust_remote_code=False).vocab_size
         critic = load_discriminator(
             request.discriminator, request.discriminator_values, vocabulary, request.dtype, world
         )

@@ -14,6 +14,7 @@ from typing import Any
 from gadcli.checkpoint.embedded_model import embedded_or
 from gadcli.config.checks import check, check_inputs
 from gadcli.config.machine import free_disk_gb, gpus, pick_device, pick_engine, ram_gb
+from gadcli.config.model_refusals import try_models
 from gadcli.config.modelinfo import local_model_dir, read_model_config
 from gadcli.config.plan import Plan, make_plan
 from gadcli.config.resolve import Resolved, resolve
@@ -105,6 +106,8 @@ def prepare(request: StageRequest) -> Prepared:
             "--rdzv-endpoint HOST:PORT of the first machine, and --node-rank 0, 1, … on each (under SLURM: srun gad …)",
         )
     warnings = check(config, world, resolved.origins)
+    if request.dry_run:  # a real run's workers say the same themselves
+        warnings += try_models(config)
     run_dir = folders.run_dir_of(config)
     data = look_at(config.data)
     warnings += data.notes

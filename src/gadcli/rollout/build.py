@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
+from gadcli.config.model_refusals import check_context
 from gadcli.config.schema import RolloutConfig
 from gadcli.distributed.fsdp import resolve_dtype
 from gadcli.distributed.world import World
@@ -23,8 +25,10 @@ def build_sampler(
 ) -> Sampler:
     """The sampler that `rollout.engine` asks for; `auto` takes vLLM where it is installed.
 
-    `model_path` is a Hugging Face folder. Without `weights` vLLM does not read its weights: `load` must come first.
+    `model_path` is a Hugging Face folder. Raises ConfigError for what the engine or the model cannot do. Without
+    `weights` vLLM does not read its weights: `load` must come first.
     """
+    check_context(model_path, Path(model_path), cfg.max_model_len)
     engine = cfg.engine
     if engine == "auto":
         engine = "vllm" if importlib.util.find_spec("vllm") else "hf"

@@ -65,7 +65,11 @@ class HfSampler(Sampler):
         # The folder's generation_config.json (penalties, warpers, ends of its own) must not reach a rollout: answers
         # are draws of softmax(logits / T), or their log-probs would be another distribution's.
         self.model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, attn_implementation="sdpa", generation_config=GenerationConfig()
+            model_path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            generation_config=GenerationConfig(),
+            trust_remote_code=False,
         )
         self.model.to(world.device).eval()
         self._held: nn.Module | None = None  # whose weights we have

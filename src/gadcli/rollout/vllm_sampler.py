@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gadcli.config.modelinfo import model_shape, read_model_config
 from gadcli.config.schema import RolloutConfig
 from gadcli.distributed.watchdog import WATCHDOG
 from gadcli.distributed.world import World
@@ -49,13 +50,19 @@ class VllmSampler(Sampler):
         if cfg.sleep and world.device.type != "cuda":
             raise ConfigError("rollout.sleep gives GPU memory back, and this run has no GPU", "rollout.sleep=false")
         logging.getLogger("vllm").addHandler(logging.NullHandler())
-        with _unchanged_process_state():
+        with _unchanged_process_state(), _unchanged_model_class(model_path):
             from vllm import LLM
 
             if cfg.tensor_parallel_size > 1 and world.device.type == "cpu":
                 _own_shared_memory()
             arguments = _engine_arguments(cfg, model_path, world, dtype, seed)
-            self.llm: Any = LLM(**arguments, load_format="auto" if weights else "dummy")
+            try:
+                self.llm: Any = LLM(**arguments, load_format="auto" if weights else "dummy")
+            except (ValueError, NotImplementedError) as error:
+                if "memory" in str(error):  # the worker says which settings help
+                    raise
+                said = " ".join(str(error).split())[:200]
+                raise ConfigError(f"{model_path}: vLLM cannot run it: {said}", "rollout.engine=hf") from error
         self.eos_ids, self.dtype = eos_ids, dtype
         (engine,) = self.llm.apply_model(lambda model: model)
         self._proof = EngineProof(engine)
@@ -214,12 +221,8 @@ def kv_cache_bytes(cfg: RolloutConfig, model_path: str, dtype: torch.dtype) -> i
     """`rollout.kv_cache_gb`, or room for max_num_seqs sequences of max_model_len, between 256 MiB and 1 GiB."""
     if cfg.kv_cache_gb:
         return int(cfg.kv_cache_gb * 2**30)
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = max(1, config.num_key_value_heads // cfg.tensor_parallel_size)
-    token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
+    shape = model_shape(read_model_config(model_path) or {})
+    token_bytes = shape.kv_bytes_per_token(dtype.itemsize) // min(cfg.tensor_parallel_size, shape.kv_heads)
     wanted = token_bytes * cfg.max_model_len * cfg.max_num_seqs
     one_sequence = token_bytes * (cfg.max_model_len + 256)
     return max(one_sequence, min(max(wanted, 2**28), 2**30))
@@ -247,3 +250,18 @@ def _unchanged_process_state() -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@contextmanager
+def _unchanged_model_class(model_path: str) -> Iterator[None]:
+    """For families that vLLM runs by transformers' modules (OLMo 2, SmolLM3, StarCoder2, …) it decorates their class in
+    place. Models of ours made later must not ask for vLLM's config, and those made before must not be compiled by it;
+    the engine's own instance keeps its settings."""
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    kind: Any = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(model_path, trust_remote_code=False)), None)
+    plain = getattr(kind, "__init__", None)
+    yield
+    if plain is not None and kind.__init__ is not plain:
+        kind.__init__ = plain
+        kind.do_not_compile = True
