@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gadcli.launch import environment, lifetime
-from gadcli.launch.outcome import Lost, RankEnd, StopRequest, judge, last_words, oom_kills
+from gadcli.launch.outcome import LostRank, RankEnd, StopRequest, judge, last_words, oom_kills
 from gadcli.launch.supervisor import lost_rank
 
 NO_STOP = StopRequest()
@@ -60,7 +60,7 @@ def test_what_a_rank_recorded_counts_more_than_how_its_process_went(tmp_path: Pa
 
 def test_a_frozen_rank_is_named_even_when_its_peers_gave_up_first(tmp_path: Path) -> None:
     ends = [RankEnd(0, 7, 1.0, record=ended(7)), RankEnd(1, -9, 2.0, ours=True)]
-    outcome = judge(ends, tmp_path, NO_STOP, Lost(1, "rank 1 is stopped"))
+    outcome = judge(ends, tmp_path, NO_STOP, LostRank(1, "rank 1 is stopped"))
     assert (outcome.code, outcome.rank, outcome.message) == (7, 1, "rank 1 is stopped")
 
 

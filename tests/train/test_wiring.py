@@ -336,8 +336,8 @@ MUTANTS: dict[Callable[..., None], list[tuple[str, str, str, str]]] = {
     advantages_come_from_the_scores_before: [
         ("scores from after the critic's update", "train.stages", LEARN,
          f"critic_log = run.critic.score_and_update(rollout)[1]; {AFTER}"),
-        ("advantages of another prompt's group", "train.stages", "group_advantages(rewards_PG,",
-         "group_advantages(rewards_PG.roll(1, 0),"),
+        ("advantages of another prompt's group", "train.stages", "        rewards_PG,\n",
+         "        rewards_PG.roll(1, 0),\n"),
     ],
     the_reference_is_the_start: [
         ("the reference is the student of today", "train.stages", "rollout.width, reference=run.reference)",

@@ -1,6 +1,6 @@
 """Group-relative advantages: how much better an answer scored than its siblings on the same prompt.
 
-Legend: P prompts, G answers a prompt.
+Legend: P prompts, G answers per prompt.
 """
 
 from __future__ import annotations

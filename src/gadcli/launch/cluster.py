@@ -129,7 +129,7 @@ def _wait_for(ready: Path, launch_id: str) -> None:
 
 
 def write_sbatch(request: StageRequest, path: Path) -> int:
-    """Write a SLURM job file that runs this very command, one task a machine, told to save before time is up."""
+    """Write a SLURM job file that runs this very command, one task per machine, told to save before time is up."""
     prepared = prepare(replace(request, rdzv_endpoint=request.rdzv_endpoint or "slurm"))
     if path.exists() and not request.force:
         raise ConfigError(f"{path}: exists", "--force writes over it, or name another file")

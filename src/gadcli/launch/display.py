@@ -1,4 +1,4 @@
-"""What the parent shows of a run: the live dashboard on a terminal, a plain line a step elsewhere, JSON on request."""
+"""What the parent shows of a run: the live dashboard in a terminal, else one plain line per step, JSON on request."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class JsonDisplay(Display):
 
 
 class PlainDisplay(Display):
-    """Not a terminal: one line a step, no escape codes."""
+    """Not a terminal: one line per step, no escape codes."""
 
     def __init__(self, run_dir: Path, total: int | None = None) -> None:
         super().__init__(run_dir)

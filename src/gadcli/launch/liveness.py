@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gadcli.launch.guard import process_state
-from gadcli.launch.outcome import Lost
+from gadcli.launch.outcome import LostRank
 from gadcli.metrics.runlog import METRICS_FILE, STATUS_FILE, read_status
 
 CHECK_EVERY_S = 0.5
@@ -39,7 +39,7 @@ class Liveness:
         self._files: tuple[float, ...] = ()
         self._checked_at = 0.0
 
-    def check(self, pids: dict[int, int]) -> Lost | None:
+    def check(self, pids: dict[int, int]) -> LostRank | None:
         """None while all is well, else the lost rank, with where it stands and since when."""
         now = time.monotonic()
         if now - self._checked_at < CHECK_EVERY_S:
@@ -58,7 +58,7 @@ class Liveness:
             silent_s = now - pulse.seen_at
             if silent_s > self.timeout_s:
                 what = "is stopped (SIGSTOP or a debugger)" if stopped else "shows no sign of life"
-                return Lost(rank, f"rank {rank} {what} for {silent_s:.0f} s{self._where()}; the run was ended")
+                return LostRank(rank, f"rank {rank} {what} for {silent_s:.0f} s{self._where()}; the run was ended")
         return None
 
     def _files_moved(self) -> bool:

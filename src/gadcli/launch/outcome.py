@@ -81,7 +81,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostRank:
     """A rank the parent gave up on, and why."""
 
     rank: int
@@ -148,7 +148,7 @@ def culprit(ends: Sequence[RankEnd]) -> RankEnd | None:
 
 
 def judge(
-    ends: Sequence[RankEnd], logs: Path, stop: StopRequest, lost: Lost | None = None, oom: bool = False
+    ends: Sequence[RankEnd], logs: Path, stop: StopRequest, lost: LostRank | None = None, oom: bool = False
 ) -> Outcome:
     """One outcome from all workers' ends.
 

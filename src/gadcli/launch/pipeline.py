@@ -1,7 +1,7 @@
 """`gad run`: the stages in a row, each fed by the one before, resumable as a whole. No torch.
 
-`<output_dir>/<exp_name>/` holds `run.json` (what is done, with which result) and a folder a stage: `seqkd/`, `warmup/`,
-`gad/`, each a run's folder like any other.
+`<output_dir>/<exp_name>/` holds `run.json` (what is done, with which result) and one folder per stage: `seqkd/`,
+`warmup/`, `gad/`, each a run's folder like any other.
 """
 
 from __future__ import annotations

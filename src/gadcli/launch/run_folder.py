@@ -97,7 +97,7 @@ def check_free(folder: Path, resolved: Resolved, lineage: dict[str, Any], *, res
             shown = "; ".join(changed[:SHOWN_DIFFERENCES])
             more = f" (and {len(changed) - SHOWN_DIFFERENCES} more)" if len(changed) > SHOWN_DIFFERENCES else ""
             raise CheckpointError(
-                f"{folder}: the run to resume had other settings: {shown}{more}",
+                f"{folder}: cannot resume, settings differ from the saved run: {shown}{more}",
                 "--resume alone takes the run's own settings; --resume --force goes on with the new ones",
             )
         return [f"resuming with other settings: {text}" for text in changed]

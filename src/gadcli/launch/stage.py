@@ -102,8 +102,8 @@ def prepare(request: StageRequest) -> Prepared:
         raise ConfigError(f"trainer.nproc is {nproc}, and {here} GPUs are visible here", f"trainer.nproc={here}")
     if config.trainer.nnodes > 1 and not request.rdzv_endpoint and not request.dry_run:
         raise ConfigError(
-            f"{config.trainer.nnodes} machines need a meeting point",
-            "--rdzv-endpoint HOST:PORT of the first machine, and --node-rank 0, 1, … on each (under SLURM: srun gad …)",
+            f"trainer.nnodes={config.trainer.nnodes} needs --rdzv-endpoint and --node-rank",
+            "--rdzv-endpoint HOST:PORT of the first machine, --node-rank 0, 1, … on each (under SLURM: srun gad …)",
         )
     warnings = check(config, world, resolved.origins)
     if request.dry_run:  # a real run's workers say the same themselves
@@ -146,7 +146,7 @@ def with_runs_own_config(request: StageRequest) -> StageRequest:
     named = resolve(request.stage, None, None, dict(request.flags), list(request.overrides)).config
     own = folders.run_dir_of(named) / folders.CONFIG_FILE
     if not named.trainer.exp_name or not own.is_file():
-        raise ConfigError("--resume: which run?", "--exp-name of the run, or the --preset it was started with")
+        raise ConfigError("--resume needs the run's name", "--exp-name of the run, or the --preset it was started with")
     return replace(request, config_file=own)
 
 

@@ -119,7 +119,7 @@ def torchrun_place(env: Mapping[str, str]) -> Place | None:
 
 
 def slurm_place(env: Mapping[str, str]) -> Place | None:
-    """This task's place under `srun` with several tasks a machine (a task is a rank); None otherwise."""
+    """This task's place under `srun` with several tasks per machine (a task is a rank); None otherwise."""
     if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
         return None
     tasks, nodes = _count(env, "SLURM_STEP_NUM_TASKS"), _count(env, "SLURM_STEP_NUM_NODES")
@@ -141,7 +141,7 @@ def slurm_place(env: Mapping[str, str]) -> Place | None:
 
 
 def slurm_node(env: Mapping[str, str]) -> Node | None:
-    """This machine's number under `srun` with one task a machine; None on one machine or outside SLURM."""
+    """This machine's number under `srun` with one task per machine; None on one machine or outside SLURM."""
     if "SLURM_STEP_ID" not in env or _count(env, "SLURM_STEP_NUM_NODES") < 2:
         return None
     host, port = _meeting(env)

@@ -24,7 +24,7 @@ from gadcli.distributed.worker_end import read_record
 from gadcli.errors import ExitCode
 from gadcli.launch import environment, guard, lifetime
 from gadcli.launch.liveness import Liveness
-from gadcli.launch.outcome import RESUME_HINT, STARTED, Lost, Outcome, RankEnd, StopRequest, judge, oom_kills
+from gadcli.launch.outcome import RESUME_HINT, STARTED, LostRank, Outcome, RankEnd, StopRequest, judge, oom_kills
 from gadcli.launch.started_by import RANK_NAMES
 
 PEER_GRACE_S = 4.0  # for the others to leave by themselves after one was killed: 7 must be out within 10 s
@@ -75,7 +75,7 @@ class Supervisor:
         self.mark = uuid.uuid4().hex
         self.workers: list[Worker] = []
         self.stop = StopRequest()
-        self.lost: Lost | None = None
+        self.lost: LostRank | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._oom_before = oom_kills()
         self._liveness = Liveness(spec.run_dir, spec.timeout_s)
@@ -200,7 +200,9 @@ class Supervisor:
             self._dumped = True
             stopped = [worker.rank for worker in alive if guard.process_state(worker.process.pid) in ("T", "t")]
             if stopped and self.lost is None:  # its peers ran into their time limit before we did
-                self.lost = Lost(stopped[0], f"rank {stopped[0]} is stopped (SIGSTOP or a debugger), its peers gave up")
+                self.lost = LostRank(
+                    stopped[0], f"rank {stopped[0]} is stopped (SIGSTOP or a debugger), its peers gave up"
+                )
             for worker in alive:
                 self._send(worker, lifetime.STACK_SIGNAL)
             self._kill_at = time.monotonic() + STACK_DUMP_S

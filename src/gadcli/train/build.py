@@ -61,17 +61,7 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
     for note in notes:
         records.event("note", note, level="warn", step=_step_of(resume_from))
 
-    loaded = load_actor(actor_path, cfg.actor.model, cfg.trainer.seed)
-    _say_if_unshared(loaded, records)
-    actor_model = shard(loaded, world, cfg.fsdp, cfg.actor.model.dtype)
-    actor = Actor(
-        actor_model,
-        Optimizer(actor_model, cfg.actor.optim, cfg.actor.grad_clip, _actor_updates(cfg, progress)),
-        cfg.actor,
-        world,
-        cfg.rollout.temperature,
-        cfg.data.max_response_length,
-    )
+    actor = _build_actor(cfg, actor_path, world, progress, records)
     critic = None
     if cfg.trainer.critic_warmup >= 0:
         path = critic_path() if cfg.critic.model.path else actor_path
@@ -79,42 +69,24 @@ def build_run(cfg: GadConfig, run_dir: Path, *, resume_from: Path | None) -> Run
             Path(path), critic=True, ends=chat.end_ids, num_layers=cfg.critic.model.num_layers
         )
         critic = _build_critic(cfg, path, actor_path, world, progress, records, resumed=resume_from is not None)
-    reference = _build_reference(cfg, actor_path, actor_model, world)
+    reference = _build_reference(cfg, actor_path, actor.model, world)
     sampler = None
     if cfg.stage != "seqkd" or cfg.actor.objective == "soda" or val_data is not None:
         sampler = build_sampler(  # every rollout follows a sync, so the folder's weights need not be read again
-            cfg.rollout,
-            actor_path,
-            world,
-            eos_ids=chat.end_ids,
-            dtype=cfg.actor.model.dtype,
-            seed=cfg.trainer.seed,
+            cfg.rollout, actor_path, world, eos_ids=chat.end_ids, dtype=cfg.actor.model.dtype, seed=cfg.trainer.seed,
             weights=False,
-        )
+        )  # fmt: skip
         stop.install()
     row = train_data[0]
     probe = make_probe(
         row.prompt_ids + row.teacher_ids, cfg.rollout.sync_tolerance, resolve_dtype(cfg.actor.model.dtype, world.device)
     )
     run = Run(
-        cfg=cfg,
-        run_dir=run_dir,
-        world=world,
-        tokenizer=tokenizer,
-        eos_ids=chat.end_ids,
-        train_data=train_data,
-        val_data=val_data,
-        order=order,
-        actor=actor,
-        sampler=sampler,
-        probe=probe,
-        records=records,
-        stop=stop,
-        progress=progress,
+        cfg=cfg, run_dir=run_dir, world=world, tokenizer=tokenizer, eos_ids=chat.end_ids, train_data=train_data,
+        val_data=val_data, order=order, actor=actor, sampler=sampler, probe=probe, records=records, stop=stop,
+        progress=progress, reference=reference, maybe_critic=critic,
         read=AnswerReader(cfg.critic.reads, chat.decode),
-        reference=reference,
-        maybe_critic=critic,
-    )
+    )  # fmt: skip
     run.model_files = model_files
     run.saver.timeout_s = cfg.fsdp.timeout_s
     if cfg.rewards and cfg.stage != "seqkd":
@@ -172,6 +144,20 @@ def data_notes(cfg: GadConfig, train: Dataset, val: Dataset | None) -> list[str]
             raise DataError(message, "give other data.val_files, or leave them empty and set data.val_rows")
         notes.append(message)
     return notes
+
+
+def _build_actor(cfg: GadConfig, path: str, world: World, progress: Progress, records: Records) -> Actor:
+    loaded = load_actor(path, cfg.actor.model, cfg.trainer.seed)
+    _say_if_unshared(loaded, records)
+    model = shard(loaded, world, cfg.fsdp, cfg.actor.model.dtype)
+    return Actor(
+        model,
+        Optimizer(model, cfg.actor.optim, cfg.actor.grad_clip, _actor_updates(cfg, progress)),
+        cfg.actor,
+        world,
+        cfg.rollout.temperature,
+        cfg.data.max_response_length,
+    )
 
 
 def _actor_updates(cfg: GadConfig, progress: Progress) -> int:

@@ -51,7 +51,7 @@ def collect(run: Run, *, wait: bool = False) -> None:
         run.on_phase("save", run.progress.step)  # in which bytes written are progress
     saved = run.saver.take(wait=wait)
     if saved is not None:
-        text = f"saved {saved.path.name} in {saved.seconds:.1f} s, {saved.blocked_s:.1f} s of them in the way"
+        text = f"saved {saved.path.name} in {saved.seconds:.1f} s, training blocked for {saved.blocked_s:.1f} s"
         run.records.event("save", text, step=saved.step, seconds=saved.seconds, blocked_seconds=saved.blocked_s)
 
 

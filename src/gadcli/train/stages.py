@@ -1,6 +1,6 @@
 """The stages' loops: seqkd, where the student learns the teacher's text; warmup and gad, which are one loop.
 
-Shapes: P prompts on this rank, G answers a prompt, B = P*G rows, T the longest answer.
+Shapes: P prompts on this rank, G answers per prompt, B = P*G rows, T the longest answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gadcli.train.steplog import StepLog
 
 
 def train_seqkd(run: Run) -> None:
-    """One optimiser step a batch of teacher answers; no critic exists."""
+    """One optimiser step per batch of teacher answers; no critic exists."""
     for step, rows in steps(run):
         log = StepLog(step, run.on_phase)
         with log.phase("actor"):
