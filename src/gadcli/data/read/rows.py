@@ -16,6 +16,7 @@ from gadcli.data.read.findings import Finding, excerpt
 from gadcli.data.read.formats import Fault, Format, is_plain_text, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TO_JSON = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder for each call with options
 Message = dict[str, Any]  # role and content are text; tool_calls, tool_call_id, name … where a row has them
 
 
@@ -38,11 +39,11 @@ class Row:
     def prompt_json(self) -> bytes:
         """What the model is asked, as bytes: equal for equal prompts, whatever file they come from."""
         asked: Any = self.messages if self.tools is None else [self.messages, self.tools]
-        return json.dumps(asked, ensure_ascii=False).encode()
+        return TO_JSON(asked).encode()
 
     def whole_json(self) -> bytes:
         """The same with the answers."""
-        return self.prompt_json() + json.dumps(self.answers).encode()
+        return self.prompt_json() + TO_JSON(self.answers).encode()
 
 
 @dataclass
@@ -220,6 +221,8 @@ def _kind(value: Any) -> str:
 
 def read_answers(value: Any) -> list[str] | Fault:
     """The teacher's answer or answers: text, a list of texts, content parts, or an assistant's message."""
+    if isinstance(value, str) and value and not value.isspace() and _encodable(value):  # most of them
+        return [value]
     if isinstance(value, Fault):
         return Fault(value.reason.replace("content_", "teacher_"), value.message.replace("a message", "an answer"))
     if value is None or value == []:
