@@ -338,15 +338,16 @@ def produce(
 
 def _apart(files: Files, tensor: OutTensor, check: bool) -> dict[str, memoryview]:
     """A packed weight's pieces by their hub names, as raw bytes in row-major order."""
-    from gadcli.checkpoint.merge.cast import raw_bytes, tensor_of
+    import torch
 
     source = tensor.source
-    whole = tensor_of(bytearray(read_whole(files, source, check=check)), source.dtype).view(source.shape)
-    return {name: raw_bytes(piece) for name, piece in as_on_hub(tensor.model, source.name, whole).items()}
+    whole = torch.frombuffer(bytearray(read_whole(files, source, check=check)), dtype=getattr(torch, source.dtype))
+    pieces = as_on_hub(tensor.model, source.name, whole.view(source.shape))
+    return {n: t.contiguous().view(-1).view(torch.uint8).numpy().data for n, t in pieces.items()}
 
 
 def _computed(files: Files, tensor: OutTensor, check: bool) -> Iterator[memoryview]:
-    from gadcli.checkpoint.merge.cast import convert, raw_bytes, tensor_of
+    from gadcli.checkpoint.merge.cast import convert, from_float32, raw_bytes, to_float32
 
     source, delta = tensor.source, tensor.delta
     if tensor.model is not None:
@@ -358,13 +359,12 @@ def _computed(files: Files, tensor: OutTensor, check: bool) -> Iterator[memoryvi
         for piece in read_pieces(files, source, check=check):
             yield convert(piece, source.dtype, tensor.dtype)
         return
-    a_RI, b_OR = (
-        tensor_of(bytearray(read_whole(files, part)), part.dtype).float().view(part.shape)
-        for part in (delta.a, delta.b)
-    )
+    a_RI = to_float32(memoryview(read_whole(files, delta.a)), delta.a.dtype).reshape(delta.a.shape)
+    b_OR = to_float32(memoryview(read_whole(files, delta.b)), delta.b.dtype).reshape(delta.b.shape)
     row = 0
     for piece in read_pieces(files, source, check=check):
-        base = tensor_of(piece, source.dtype).float().view(-1, source.shape[1])
-        update = base + (b_OR[row : row + len(base)] @ a_RI) * delta.scale
+        base = to_float32(piece, source.dtype).reshape(-1, source.shape[1])
+        update = (b_OR[row : row + len(base)] @ a_RI) * delta.scale
+        update += base
         row += len(base)
-        yield convert(raw_bytes(update), "float32", tensor.dtype)
+        yield raw_bytes(from_float32(update.reshape(-1), tensor.dtype))
