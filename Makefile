@@ -16,7 +16,7 @@ pytest = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 JOBS ?= 2
 in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-families test-transformers4 test-kill test-disk test-kill-run check format docs completions wheel clean
+.PHONY: help venv venv-test demo demo-quick test test-fast test-slow test-gpu-path test-families test-transformers4 test-kill test-disk test-kill-run check format docs completions wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test: venv-test ## all tests (JOBS=2 at a time)
 
 test-fast: venv-test ## tests without the slow ones (real inference engines, many processes)
 	$(pytest) $(in_parallel) -m "not slow" $(ARGS)
+
+test-gpu-path: venv-test ## whole 8B models through the emulated GPU path (minutes)
+	GAD_GPU_PATH=1 $(pytest) tests/gpu_path $(ARGS)
 
 test-slow: venv-test ## only the slow ones
 	$(pytest) $(in_parallel) -m slow $(ARGS)

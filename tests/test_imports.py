@@ -49,6 +49,7 @@ ROOMS = {
         but_for=("evaluate.fresh_discriminator", "evaluate.given_discriminator", "evaluate.teacher_logprob"),
     ),
     "train": Room(8),
+    "gpu_check": Room(9),
     "arena": Room(9, torch_free=True),
     "demo": Room(10, torch_free=True, but_for=("demo.tiny_model",)),
     "cli": Room(11, torch_free=True),

