@@ -29,7 +29,6 @@ from gadcli.launch.inputs import check_model_path, look_at, make_lineage
 from gadcli.launch.outcome import Outcome, as_error, shown_tail
 from gadcli.launch.supervisor import WORKER_MODULE, LaunchSpec
 from gadcli.launch.tensorboard import TensorBoard, wanted
-from gadcli.rewards.trivial import reward_notes
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,9 @@ def prepare(request: StageRequest) -> Prepared:
         from gadcli.data.preview import preview_in_a_child
 
         warnings += preview_in_a_child(config, folder, wait=request.dry_run)
-    if config.stage != "seqkd":
+    if config.rewards and config.stage != "seqkd":
+        from gadcli.rewards.trivial import reward_notes  # only here: it brings pyarrow into this process
+
         warnings += reward_notes(reward_specs(config.rewards), config.data)
     lineage = make_lineage(config, [*data.train_files, *data.val_files])
     helper = bool(request.node_rank)  # another machine's parent answers for the folder

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from gadcli.config.rewards import RewardConfig
 from gadcli.rewards.answer import AnswerText, Score
-from gadcli.rewards.judge import Judge
 from gadcli.rewards.process import External
 from gadcli.rewards.rules import rule
 
@@ -37,4 +36,8 @@ class RewardSet:
 def _scorer(spec: RewardConfig, journal: Path) -> Score:
     if spec.kind in ("python", "command"):
         return External(spec)
-    return Judge(spec, journal) if spec.kind == "judge" else rule(spec)
+    if spec.kind == "judge":
+        from gadcli.rewards.judge import Judge  # brings the openai package, a second of a start
+
+        return Judge(spec, journal)
+    return rule(spec)
