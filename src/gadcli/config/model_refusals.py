@@ -151,11 +151,16 @@ def try_models(cfg: GadConfig) -> list[str]:
         return []
     kept = cache_folder() / "trials" / f"{_key(cfg, folders)}.json"
     if kept.is_file():
-        answer = json.loads(kept.read_text())
+        text = kept.read_text()
     else:
-        answer = _ask(cfg)
+        text = json.dumps(_ask(cfg), ensure_ascii=False)
+        for number, folder in enumerate(folders.values()):  # the same model elsewhere gets the same answer
+            text = text.replace(str(folder.resolve()), f"<model {number}>")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, json.dumps(answer))
+        write_atomic(kept, text)
+    for number, path in enumerate(folders):
+        text = text.replace(f"<model {number}>", json.dumps(path, ensure_ascii=False)[1:-1])
+    answer = json.loads(text)
     if "error" in answer:
         raise ConfigError(answer["error"], answer["hint"] or None)
     notes: list[str] = answer["notes"]
@@ -182,14 +187,13 @@ def _paths(cfg: GadConfig) -> list[str]:
 
 
 def _key(cfg: GadConfig, folders: dict[str, Path]) -> str:
-    """Folders by name (messages hold it), config and tensors' names and shapes; settings; versions."""
+    """Configs, tensors' names and shapes, settings, versions; not where the folders are."""
     digest = hashlib.sha256()
     digest.update(repr([(name, version_of(name)) for name in PACKAGES]).encode())
     digest.update((Path(gadcli.__file__).parent / "model" / "trial.py").read_bytes())
     settings = (cfg.trainer.critic_warmup >= 0, cfg.critic.gradient_penalty > 0)
     digest.update(repr([settings, _part(cfg.actor.model), _part(cfg.critic.model)]).encode())
-    for path, folder in folders.items():
-        digest.update(repr((path, str(folder.resolve()))).encode())
+    for folder in folders.values():
         digest.update((folder / "config.json").read_bytes())
         for header in _headers(folder):
             digest.update(header)

@@ -62,6 +62,7 @@ def _try(cfg: ModelConfig, path: str, attention: str, *, critic: bool) -> list[s
     folder = local_model_dir(path)
     if folder is None:
         return []
+    folder = folder.resolve()  # as `config.model_refusals` looks for it in messages
     if next(folder.glob("*.safetensors"), None):  # else a checkpoint of ours: its tensors are of our own making
         if critic:
             load_critic(str(folder), cfg, 0, on_meta=True)
@@ -73,7 +74,7 @@ def _try(cfg: ModelConfig, path: str, attention: str, *, critic: bool) -> list[s
     if cfg.lora.rank:
         adapter_targets(toy, cfg.lora)
     toy.set_attn_implementation(attention)
-    choose_layout(toy, path, attention)
+    choose_layout(toy, str(folder), attention)
     return [toy.gad_note] if toy.gad_note else []
 
 
