@@ -243,9 +243,7 @@ class RolloutConfig:
         0.0, "KV cache in GiB; 0 sizes it from max_num_seqs (CPU) or gpu_memory_utilization", min=0
     )
     gpu_memory_utilization: float = opt(0.4, "fraction of a GPU's memory for the sampler", min=0.05, max=0.95)
-    enforce_eager: bool = opt(
-        False, "no CUDA graphs: faster start, slower decoding; `gad doctor --gpu` measures both (CPUs have none)"
-    )
+    enforce_eager: bool = opt(False, "no CUDA graphs: faster start, slower decoding (no effect on CPUs)")
     tensor_parallel_size: int = opt(1, "tensor-parallel size per vLLM engine, within a machine", min=1)
     sleep: bool = opt(False, "free the sampler's GPU memory while training: vLLM's weights move to host memory")
     sync_tolerance: float = opt(
