@@ -93,9 +93,11 @@ def test_a_small_model_or_a_run_meant_for_the_cpu_is_not(overrides: list[str]) -
 
 def test_a_config_json_alone_is_planned_with_and_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
-    for path in (tmp_path, tmp_path / "config.json"):
-        request = StageRequest("gad", "chengla-8b", flags={"actor.model.path": str(path)}, dry_run=True)
-        assert len(prepare(request).plan.elsewhere) in (0, 3)  # none where this machine has GPUs
+    request = StageRequest("gad", "chengla-8b", flags={"actor.model.path": f"{tmp_path}/config.json"}, dry_run=True)
+    assert len(prepare(request).plan.elsewhere) in (0, 3)  # none where this machine has GPUs
+    folder = StageRequest("gad", "chengla-8b", flags={"actor.model.path": str(tmp_path)}, dry_run=True)
+    with pytest.raises(ConfigError, match="without weights"):  # as the worker would say
+        prepare(folder)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"content": [{"role": "user", "content": "a"}], "teacher_response": "b"}) + "\n")
     flags = {"actor.model.path": str(tmp_path / "config.json"), "data.train_files": [str(rows)]}
