@@ -89,8 +89,8 @@ def checkpoint(run_dir: Path, step: int) -> None:
     folder = step_folder(run_dir, step)
     for name in ("actor", "critic"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "weights").write_text(name)
-    files = {f"{name}/weights": hash_file(folder / name / "weights") for name in ("actor", "critic")}
+        (folder / name / ".metadata").write_text(name)
+    files = {f"{name}/.metadata": hash_file(folder / name / ".metadata") for name in ("actor", "critic")}
     write_manifest(folder, Manifest(step, "gad", "", 1, ["actor", "critic"], files))
 
 
