@@ -52,7 +52,7 @@ ROWS: dict[str, list[str]] = {
         "a_disk_that_fills_while_writing_leaves_the_last_one_intact, "
         "a_disk_that_fills_under_the_generators_is_a_full_disk_too",
         "checkpoint/test_whole_runs.py: a_broken_run_resumes_to_what_an_undisturbed_one_is",
-        "train/test_stops.py: a_full_disk_that_a_library_only_has_words_for_is_6",
+        "distributed/test_worker_end.py: a_full_disk_that_a_library_only_has_words_for_is_6",
     ],
     "runtime: NaN in loss, gradient or weights": [
         "model/test_actor_critic.py: a_loss_that_is_not_finite_names_its_rows_and_moves_no_weight, "
@@ -69,7 +69,7 @@ ROWS: dict[str, list[str]] = {
         "metrics/test_health.py: each_symptom_is_named_first_with_its_cure",
     ],
     "runtime: out of memory": [
-        "train/test_stops.py: want_of_memory_ends_with_6_and_names_the_knob",
+        "distributed/test_worker_end.py: want_of_memory_ends_with_6_and_names_the_knob",
         "launch/test_outcome.py: sigkill_is_7_and_6_when_the_kernel_killed_for_memory_meanwhile",
     ],
     "runtime: a rank killed, frozen or hanging": [

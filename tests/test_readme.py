@@ -5,6 +5,7 @@ What would train for days is run with --dry-run (its plan must come out); everyt
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -48,6 +49,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as README's reader has it: answers.parquet, and runs that its commands refer to."""
     folder = tmp_path_factory.mktemp("readme")
     write_tiny_model(folder / "model")
+    config = folder / "model" / "config.json"  # the 8B preset wants room for 2,048 tokens
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 4096}))
     write_tiny_data(folder / "answers.parquet", 300)
     for name in ("train.parquet", "val.parquet"):
         shutil.copy(folder / "answers.parquet", folder / name)

@@ -156,7 +156,8 @@ def model_folder(
     path: Path, vocab: dict[str, int], architecture: str = "LlamaForCausalLM", added: str | None = None
 ) -> Path:
     path.mkdir(parents=True)
-    config = {"model_type": "llama", "vocab_size": len(vocab), "architectures": [architecture]}
+    rows = len(vocab) + (added is not None)
+    config = {"model_type": "llama", "vocab_size": rows, "architectures": [architecture]}
     (path / "config.json").write_text(json.dumps(config))
     extra = [{"content": added, "id": len(vocab)}] if added else []
     (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": extra}))

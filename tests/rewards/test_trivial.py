@@ -45,7 +45,8 @@ def test_the_plan_shows_it_and_a_broken_function_ends_with_2_before_a_model_load
     (tmp_path / "r.py").write_text("def f(p, answers, r):\n    return [1.0 / len(a) for a in answers]\n")
     words = (
         f"data.train_files={tmp_path}/d.parquet", f"actor.model.path={tmp_path}/model",
-        f"trainer.output_dir={tmp_path}/runs", "trainer.exp_name=x", "data.train_batch_size=4",
+        f"trainer.output_dir={tmp_path}/runs", "trainer.exp_name=x", "rollout.max_model_len=300",
+        "data.max_prompt_length=200", "data.max_response_length=100", "data.train_batch_size=4",
     )  # fmt: skip
     length = "rewards=[{kind: discriminator}, {kind: length}]"
     plan = prepare(StageRequest("gad", overrides=(*words, length), dry_run=True)).plan
