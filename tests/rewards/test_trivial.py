@@ -56,6 +56,13 @@ def test_the_plan_shows_it_and_a_broken_function_ends_with_2_before_a_model_load
         prepare(StageRequest("gad", overrides=(*words, broken), dry_run=True))
 
 
+def test_a_judge_is_not_asked_by_the_plan_but_its_address_is_checked() -> None:
+    judge = {"kind": "judge", "endpoint": "ftp://host/v1", "model": "m"}
+    with pytest.raises(ConfigError, match="not an http"):
+        reward_notes(reward_specs([judge]), DataConfig())
+    assert reward_notes(reward_specs([judge | {"endpoint": "http://127.0.0.1:9/v1"}]), DataConfig()) == []
+
+
 def test_a_stage_that_ignores_rewards_says_so() -> None:
     from gadcli.config.checks import check
 

@@ -59,7 +59,7 @@ class Judge:
         if len(known) < FEWEST_GRADES * len(grades):
             raise ConfigError(
                 f"reward {self.spec.name}: {self.spec.model} graded {len(known)} of {len(grades)} answers",
-                f"its replies are in {self.journal}; another model, or a rewards.{self.spec.name}.weight of 0",
+                f"its replies are in {self.journal}; take another model, or take it out of `rewards`",
             )
         return [fmean(known) if grade is None else grade for grade in grades]
 

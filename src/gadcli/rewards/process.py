@@ -166,9 +166,7 @@ class External:
         self.close()
         source = self.spec.function or self.spec.command
         last = f" ({said.splitlines()[-1]})" if said else ""
-        return ConfigError(
-            f"reward {self.spec.name} ({source}): {what}{last}", f"fix it, or rewards.{self.spec.name}.weight=0"
-        )
+        return ConfigError(f"reward {self.spec.name} ({source}): {what}{last}", "fix it, or take it out of `rewards`")
 
     def close(self) -> None:
         if self.process is not None:

@@ -75,6 +75,7 @@ def reward_notes(entries: Sequence[RewardConfig], data: DataConfig) -> list[str]
     A judge is not asked, since its answers cost money. The user's functions and commands run here, so their errors are
     raised before any model is loaded.
     """
+    RewardSet(entries, Path(os.devnull)).close()  # refuses a wrong address or schema; asks nobody
     rows = first_rows(data)
     asked = [entry for entry in entries if entry.kind != "judge"]  # whose answers cost money
     if not rows or not asked:
